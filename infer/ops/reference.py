@@ -1,0 +1,229 @@
+"""Every operation in plain numpy: the specification that native kernels are compared with. Slow, and meant to be.
+
+Arithmetic that decides codes (scales, divisions, rounding) is float32 exactly as written; sums that a kernel may
+order differently (norms, dot products, softmax) are float64, so the reference is the better side of a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quantbench.errors import CheckpointError, DependencyError
+from quantbench.infer.ops.types import (
+    FLOAT,
+    PAGE,
+    Activation,
+    ActSpec,
+    Array,
+    Batch,
+    Floats,
+    Ints,
+    LayerCache,
+    LinearWeightLike,
+    Packed,
+    Weights,
+)
+
+E4M3 = ml_dtypes.float8_e4m3fn
+LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0}  # largest code value of a format, and the divisor of its scale
+STORAGE: dict[str, Any] = {"int8": np.int8, "fp8_e4m3": E4M3}
+
+
+@dataclass(frozen=True)
+class ReferencePacked(Packed):
+    """The weights as they came; rows of several are concatenated in `linear`."""
+
+    weights: tuple[LinearWeightLike, ...] = ()
+
+
+def as_list(weight: Weights) -> list[LinearWeightLike]:
+    return list(weight) if isinstance(weight, Sequence) else [weight]
+
+
+def encode(x: Floats, scale: Floats | np.float32, format: str) -> Array:
+    """clip(round_half_even(x / scale)) for int8, saturating cast of x / scale for e4m3."""
+    limit = np.float32(LIMITS[format])
+    quotient = np.clip(np.divide(x, scale, dtype=np.float32), -limit, limit)
+    return (np.rint(quotient) if format == "int8" else quotient).astype(STORAGE[format])
+
+
+def quantize(x: Floats, spec: ActSpec) -> Activation:
+    """`x` as `spec` says. A token of zeros has scale 1. Raises CheckpointError where x is NaN or infinite."""
+    if spec.format is None:
+        return Activation(values=x)
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    if bad.size:
+        raise CheckpointError(non_finite(int(bad[0])))
+    if spec.scale is not None:
+        scale = np.array([spec.scale], dtype=np.float32)
+    else:
+        absmax = np.abs(x).max(axis=1, initial=0).astype(np.float32)
+        scale = np.where(absmax > 0, absmax / np.float32(LIMITS[spec.format]), np.float32(1)).astype(np.float32)
+    codes = encode(x, scale[:, None], spec.format)
+    return Activation(x if spec.keep_float else None, codes, scale, spec.format)
+
+
+def non_finite(row: int) -> str:
+    return (
+        f"quantize: the activation of row {row} has a NaN or an infinity, which no scale can hold. "
+        "A weight or scale of the layers before it is damaged: run `quantbench lint` on the model"
+    )
+
+
+def expand_scale(scale: Array, granularity: str, shape: tuple[int, int], group_size: int | None) -> Array:
+    """One value per weight, [N, K], from the stored scale or zero of any granularity."""
+    rows, columns = shape
+    if granularity == "block":
+        scale = np.repeat(scale, 128, axis=0)[:rows]
+    width = {"group": group_size or columns, "block": 128}.get(granularity, columns)
+    values = np.asarray(scale).reshape(1 if granularity == "tensor" else rows, -1)
+    return np.broadcast_to(np.repeat(values, width, axis=1)[:, :columns], shape)
+
+
+def dequantized(weight: Any) -> Floats:
+    """(codes - zero) * scale in float32, or the float weight itself."""
+    if isinstance(weight, np.ndarray):
+        return weight.astype(np.float32)
+    shape = (int(weight.codes.shape[0]), int(weight.codes.shape[1]))
+    codes = weight.codes.astype(np.float32)
+    if weight.zero is not None:
+        codes = codes - expand_scale(weight.zero, weight.granularity, shape, weight.group_size).astype(np.float32)
+    return codes * expand_scale(weight.scale, weight.granularity, shape, weight.group_size).astype(np.float32)
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis; the mean in float64, the products in float32."""
+    mean = np.mean(np.square(x.astype(np.float64)), axis=-1, keepdims=True)
+    inverse = (1.0 / np.sqrt(mean + eps)).astype(np.float32)
+    return x * inverse * weight
+
+
+def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
+    """RoPE with the halves of a head as pairs: x [T, heads, d], cos and sin [T, d/2]."""
+    first, second = np.split(x, 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def store(pages: Array, slots: Array, heads: Floats, scale: Floats) -> None:
+    """Write [T, kv_heads, d] into [pages, kv_heads, 64, d], quantized per head where the cache is."""
+    format = {np.dtype(np.int8): "int8", np.dtype(E4M3): "fp8_e4m3"}.get(pages.dtype)
+    values = heads.astype(pages.dtype) if format is None else encode(heads, scale[None, :, None], format)
+    pages[slots // PAGE, :, slots % PAGE, :] = values
+
+
+def attend(q: Floats, keys: Floats, values: Floats, first: int, window: int | None) -> Floats:
+    """One sequence: q [T, H, d] at positions first.., keys and values [context, KV, d]."""
+    tokens, heads, size = q.shape
+    group = heads // keys.shape[1]
+    keys, values = (np.repeat(a.astype(np.float64), group, axis=1) for a in (keys, values))
+    scores = np.einsum("thd,chd->htc", q.astype(np.float64), keys) / np.sqrt(size)
+    position = first + np.arange(tokens)[:, None]
+    column = np.arange(keys.shape[0])[None, :]
+    hidden = (column > position) | ((column <= position - window) if window else False)
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("htc,chd->thd", weights, values).astype(np.float32)
+
+
+class ReferenceOps:
+    """The reference column of the op table; see `types.Ops` for shapes."""
+
+    name = "reference"
+
+    def pack(self, weight: Weights) -> ReferencePacked:
+        weights = as_list(weight)
+        codes = [w.weight if isinstance(w.weight, np.ndarray) else w.weight.codes for w in weights]
+        shape = (sum(c.shape[0] for c in codes), codes[0].shape[1])
+        return ReferencePacked(tuple(w.name for w in weights), shape, sum(c.nbytes for c in codes), tuple(weights))
+
+    def embed(self, table: Packed, ids: Ints) -> Floats:
+        weight = _weights(table)[0].weight
+        return np.asarray(weight[ids], dtype=np.float32)
+
+    def add_norm(
+        self, x: Floats, delta: Floats | None, weight: Floats, eps: float, spec: ActSpec = FLOAT
+    ) -> Activation:
+        if delta is not None:
+            x += delta
+        return quantize(rms_norm(x, weight, eps), spec)
+
+    def linear(self, a: Activation, w: Packed) -> Floats:
+        return np.concatenate([_linear(a, part) for part in _weights(w)], axis=1)
+
+    def quantize(self, x: Floats, spec: ActSpec) -> Activation:
+        return quantize(x, spec)
+
+    def silu_mul(self, gate_up: Floats, spec: ActSpec = FLOAT) -> Activation:
+        gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+        silu = gate * (0.5 + 0.5 * np.tanh(0.5 * gate))  # = gate / (1 + exp(-gate)) without overflow
+        return quantize((silu * up).astype(np.float32), spec)
+
+    def rope_write(
+        self,
+        qkv: Floats,
+        batch: Batch,
+        rope: tuple[Floats, Floats],
+        norms: tuple[Floats, Floats] | None,
+        eps: float,
+        cache: LayerCache,
+    ) -> Floats:
+        kv_heads, size = cache.k.shape[1], cache.k.shape[3]
+        heads = qkv.shape[1] // size - 2 * kv_heads
+        q, k, v = np.split(qkv.reshape(len(qkv), -1, size), [heads, heads + kv_heads], axis=1)
+        if norms is not None:
+            q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+        cos, sin = rope[0][batch.positions], rope[1][batch.positions]
+        store(cache.k, batch.slots, rotate(k, cos, sin), cache.k_scale)
+        store(cache.v, batch.slots, v, cache.v_scale)
+        return rotate(q, cos, sin).reshape(len(qkv), heads * size)
+
+    def attention(self, q: Floats, batch: Batch, cache: LayerCache, window: int | None = None) -> Floats:
+        size = cache.k.shape[3]
+        out = np.empty_like(q)
+        for s, context in enumerate(batch.context):
+            rows = slice(int(batch.starts[s]), int(batch.starts[s + 1]))
+            pages = batch.tables[s, : -(-int(context) // PAGE)]
+            k, v = (_gather(a, pages, int(context)) for a in (cache.k, cache.v))
+            k, v = k * cache.k_scale[:, None], v * cache.v_scale[:, None]
+            heads = q[rows].reshape(rows.stop - rows.start, -1, size)
+            first = int(context) - len(heads)
+            out[rows] = attend(heads, k, v, first, window).reshape(len(heads), -1)
+        return out
+
+
+def _weights(packed: Packed) -> tuple[LinearWeightLike, ...]:
+    if not isinstance(packed, ReferencePacked):
+        raise DependencyError(
+            f"{', '.join(packed.names)}: packed by another backend; pack weights with the same Ops that uses them"
+        )
+    return packed.weights
+
+
+def _gather(pages: Array, table: Array, context: int) -> Floats:
+    """[pages, KV, 64, d] -> f32[context, KV, d] of one sequence."""
+    blocks = pages[table].astype(np.float32).transpose(0, 2, 1, 3)
+    return blocks.reshape(-1, *blocks.shape[2:])[:context]
+
+
+def _linear(a: Activation, w: LinearWeightLike) -> Floats:
+    weight = w.weight
+    if a.codes is None:
+        assert a.values is not None
+        product = a.values.astype(np.float64) @ dequantized(weight).astype(np.float64).T
+    else:
+        assert a.scale is not None
+        integer = a.format == "int8" and not isinstance(weight, np.ndarray) and weight.format == "int8"
+        matrix = weight.codes if integer else dequantized(weight)
+        # float64 holds every sum of int8 products exactly (below 2**53)
+        product = (a.codes.astype(np.float64) @ matrix.astype(np.float64).T).astype(np.float32)
+        scale = weight.scale.reshape(1, -1) if integer else np.float32(1)
+        product = product * (a.scale[:, None] * scale)
+    bias = np.float32(0) if w.bias is None else w.bias.astype(np.float32)
+    return product.astype(np.float32) + bias
