@@ -1,0 +1,193 @@
+"""What looks wrong, and what to try.
+
+Every rule is a function from facts to a finding or None; its threshold is a constant here and a row of docs/report.md.
+Findings advise, they never change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantbench.reports.formatting import decibel, percent, plain, times
+from quantbench.reports.layers import LayerFacts
+
+LEVELS_LOST = 4.0  # static int8: with fewer steps than this for ordinary values the layer computes with noise
+LEVELS_FEW = 12.0  # and with fewer than this it is worth a look
+FP8_REACH = 448 / 2**-6  # largest e4m3 over its smallest normal: beyond it ordinary values become subnormal
+WEIGHT_DB = {"int8": 30.0, "int4": 15.0, "fp8_e4m3": 25.0}
+INPUT_DB = 20.0
+CACHE_DB = 20.0
+INCREASE_NOTICEABLE, INCREASE_UNUSABLE = 0.05, 0.20
+SERVED_TOP1, SERVED_KL = 0.998, 1e-4  # served against simulated
+WORST_SHOWN = 5
+
+SEVERITIES = ("bad", "warn")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`what` is one sentence with the numbers, `advice` what to try, in the order of trying."""
+
+    severity: str  # "bad": the variant should not be deployed like this; "warn": worth a look
+    rule: str
+    variant: str
+    layer: str | None
+    what: str
+    advice: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"advice": list(self.advice)}
+
+
+LayerRule = Callable[[str, LayerFacts], Finding | None]
+
+
+def outlier_input(variant: str, layer: LayerFacts) -> Finding | None:
+    """A static int8 range stretched by a few large values."""
+    if layer.levels is None or layer.levels >= LEVELS_FEW:
+        return None
+    lost = layer.levels < LEVELS_LOST
+    what = (
+        f"input of {layer.name} reaches {plain(layer.input_absmax, 4)} while 99.9 % of its values are below "
+        f"{plain(layer.input_p999, 2)}: they share {plain(layer.levels, 2)} of 127 steps"
+    )
+    return Finding("bad" if lost else "warn", "outlier_input", variant, layer.name, what, _outlier_advice(layer))
+
+
+def _outlier_advice(layer: LayerFacts) -> tuple[str, ...]:
+    smooth = f"smooth {layer.tap}" if layer.tap else "smooth its input"
+    return (
+        f'activations per token: rules: - {{match: "{layer.name}", activations: {{dynamic: true}}}}',
+        f'keep this layer float: rules: - {{match: "{layer.name}", mode: bf16}}',
+        f"{smooth}: transforms: - {{smooth: {{alpha: 0.5}}}}",
+    )
+
+
+def fp8_underflow(variant: str, layer: LayerFacts) -> Finding | None:
+    """A static fp8 range so wide that ordinary values lose mantissa bits."""
+    static = layer.activations == "fp8_e4m3" and not layer.dynamic
+    if not static or not layer.input_p999 or not layer.input_absmax:
+        return None
+    if layer.input_absmax / layer.input_p999 < FP8_REACH:
+        return None
+    what = (
+        f"input of {layer.name} reaches {plain(layer.input_absmax, 4)}, {times(layer.input_absmax / layer.input_p999)} "
+        f"what 99.9 % of its values stay below: fp8 keeps fewer than 3 mantissa bits of them"
+    )
+    return Finding("warn", "fp8_underflow", variant, layer.name, what, _outlier_advice(layer))
+
+
+_WEIGHT_ADVICE = {
+    "int8": ("weights: {granularity: channel}", "weights: {observer: mse}", "keep this layer float by rule"),
+    "int4": (
+        "a smaller group: weights: {granularity: group, group_size: 32}",
+        "weights: {symmetric: false}",
+        "weights: {observer: mse}",
+        "8 bits for this layer by rule: mode: weight_only_int8",
+    ),
+    "fp8_e4m3": ("weights: {granularity: channel}", "int8 weights: mode a8w8", "keep this layer float by rule"),
+}
+
+
+def noisy_weight(variant: str, layer: LayerFacts) -> Finding | None:
+    limit = WEIGHT_DB.get(layer.weights)
+    if limit is None or layer.weight_sqnr_db is None or layer.weight_sqnr_db >= limit:
+        return None
+    what = (
+        f"weight of {layer.name} keeps {decibel(layer.weight_sqnr_db)} in {layer.weights}; {decibel(limit)} is expected"
+    )
+    return Finding("warn", "noisy_weight", variant, layer.name, what, _WEIGHT_ADVICE[layer.weights])
+
+
+def noisy_input(variant: str, layer: LayerFacts) -> Finding | None:
+    """The whole input is rounded coarsely although no single outlier explains it (that is `outlier_input`)."""
+    if layer.input_sqnr_db is None or layer.input_sqnr_db >= INPUT_DB:
+        return None
+    if layer.levels is not None and layer.levels < LEVELS_FEW:
+        return None
+    what = f"input of {layer.name} keeps {decibel(layer.input_sqnr_db)}; {decibel(INPUT_DB)} is expected"
+    return Finding("warn", "noisy_input", variant, layer.name, what, _outlier_advice(layer))
+
+
+def silent_input(variant: str, layer: LayerFacts) -> Finding | None:
+    if layer.input_absmax != 0:
+        return None
+    what = f"input of {layer.name} was zero throughout calibration: its scale is meaningless"
+    return Finding("warn", "silent_input", variant, layer.name, what, ("calibrate on text that reaches this layer",))
+
+
+LAYER_RULES: tuple[LayerRule, ...] = (outlier_input, fp8_underflow, noisy_weight, noisy_input, silent_input)
+
+
+def layer_findings(variant: str, layers: Iterable[LayerFacts]) -> list[Finding]:
+    """Findings of all layers, one per shared input: q, k and v see the same tensor and get one finding."""
+    found: dict[tuple[str, object], Finding] = {}
+    for layer in layers:
+        for rule in LAYER_RULES:
+            finding = rule(variant, layer)
+            if finding is None:
+                continue
+            shared = finding.rule != "noisy_weight" and layer.tap is not None and layer.block is not None
+            found.setdefault((finding.rule, (layer.block, layer.tap) if shared else layer.name), finding)
+    return list(found.values())
+
+
+def accuracy_finding(variant: str, record: Mapping[str, Any], causes: int) -> Finding | None:
+    """Perplexity far above the baseline's. causes: how many inputs of this variant have a bad outlier."""
+    worst = max(
+        (p for p in record["accuracy"]["perplexity"] if p["increase"] is not None),
+        key=lambda p: float(p["increase"]),
+        default=None,
+    )
+    if worst is None or worst["increase"] < INCREASE_NOTICEABLE:
+        return None
+    unusable = worst["increase"] >= INCREASE_UNUSABLE
+    what = f"perplexity on {worst['data']} is {plain(worst['perplexity'], 4)}, {percent(worst['increase'], sign=True)}"
+    advice = (
+        (f"see the {causes} inputs with outliers below, or activations: {{dynamic: true}} for all",)
+        if causes
+        else ("look at the layers with the lowest SQNR below, then keep them float by rule",)
+    )
+    return Finding("bad" if unusable else "warn", "perplexity", variant, None, what, advice)
+
+
+def parity_findings(variant: str, record: Mapping[str, Any]) -> list[Finding]:
+    """Served and simulated must agree; anything else is a defect of the runtime or of the checkpoint."""
+    parity = record["parity"]
+    if parity is None:
+        return []
+    said = []
+    if parity["codes_different"]:
+        said.append(f"{parity['codes_different']:,} of {parity['codes_compared']:,} codes differ on identical inputs")
+    if parity["first_departure"]:
+        departure = parity["first_departure"]
+        said.append(f"served departs from simulated at {departure['layer']}: {departure['why']}")
+    top1, kl = parity["top1_served_simulated"], parity["kl_served_simulated"]
+    if (top1 is not None and top1 < SERVED_TOP1) or (kl is not None and kl > SERVED_KL):
+        said.append(f"served against simulated: top-1 {percent(top1)}, KL {plain(kl)}")
+    advice = ("do not deploy before this is understood: quantbench lint the checkpoint, then QUANTBENCH_ISA=generic",)
+    return [Finding("bad", "parity", variant, None, what, advice) for what in said]
+
+
+def slow_findings(variant: str, record: Mapping[str, Any]) -> list[Finding]:
+    """A quantized variant that decodes slower than the baseline, with the engine's own reason."""
+    found = []
+    for batch, decode in record["speed"]["decode"].items():
+        if decode["speedup"] is not None and decode["speedup"] < 1 and record["quantized"]:
+            what = f"decode at batch {batch} runs at {times(decode['speedup'])} of the baseline"
+            why = (decode["why"],) if decode["why"] else ()
+            found.append(Finding("warn", "slower", variant, None, what, why))
+    return found
+
+
+def cache_finding(variant: str, losses: Mapping[str, float | None]) -> Finding | None:
+    """losses: SQNR in dB by name of the cache entry. One finding for the worst of them."""
+    low = {name: db for name, db in losses.items() if db is not None and db < CACHE_DB}
+    if not low:
+        return None
+    worst = min(low, key=lambda name: (low[name], name))
+    what = f"{worst} keeps {decibel(low[worst])}; {decibel(CACHE_DB)} is expected ({len(low)} caches are below)"
+    advice = ("cache_kv: {observer: percentile}", "an fp8 cache: mode suffix c8_fp8")
+    return Finding("warn", "noisy_cache", variant, None, what, advice)
