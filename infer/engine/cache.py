@@ -1,0 +1,132 @@
+"""The paged KV cache: pages of 64 tokens, handed out by reference count, found again by what they hold.
+
+A full page's name is a digest of its token ids and of the page before it, so equal names mean equal prefixes
+(vLLM's automatic prefix caching, Kwon et al. 2023, section 4.3). A named page that nobody uses stays findable
+until its room is needed; the one unused longest goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from quantbench.infer.models import ModelConfig
+from quantbench.infer.ops import PAGE, LayerCache
+
+_STORAGE: dict[str, npt.DTypeLike] = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "int8": np.int8,
+    "fp8_e4m3": ml_dtypes.float8_e4m3fn,
+}
+Scales = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE)
+
+
+def token_bytes(config: ModelConfig, cache_format: str) -> int:
+    """Bytes of K and V of one token over all layers."""
+    width = np.dtype(_STORAGE[cache_format]).itemsize
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * width
+
+
+def allocate_layer(config: ModelConfig, cache_format: str, pages: int, scales: Scales | None) -> LayerCache:
+    """K and V pages of one layer, zeroed lazily by the operating system: untouched pages cost no memory."""
+    dtype = np.dtype(_STORAGE[cache_format])
+    shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
+    raw = {1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize]
+    ones = np.ones(config.num_kv_heads, np.float32)
+    k_scale, v_scale = scales if scales is not None else (ones, ones)
+    return LayerCache(
+        k=np.zeros(shape, raw).view(dtype), v=np.zeros(shape, raw).view(dtype), k_scale=k_scale, v_scale=v_scale
+    )
+
+
+def page_key(parent: bytes, ids: list[int]) -> bytes:
+    """Name of a full page: a digest of the page before it and of its 64 token ids."""
+    return blake2b(parent + np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
+
+
+class PagePool:
+    """Which pages are free, used (and by how many), or kept for reuse. Knows numbers, not their contents."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._free = list(range(pages - 1, -1, -1))  # taken from the end: low numbers first, so few pages are touched
+        self._users = [0] * pages
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # named, unused; the oldest first
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can give now."""
+        return len(self._free) + len(self._idle)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one user each, or None (and nothing taken) where there are not that many."""
+        if count > self.available:
+            return None
+        return [self._take() for _ in range(count)]
+
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+        self._users[page] = 1
+        return page
+
+    def share(self, page: int) -> int:
+        """One more user of `page`."""
+        self._users[page] += 1
+        self._idle.pop(page, None)
+        return page
+
+    def release(self, pages: list[int]) -> None:
+        """One user fewer for each of `pages`. Later pages become idle first, so that prefixes live longest."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def name(self, page: int, key: bytes) -> None:
+        """Makes a full page findable. Where another page already has this name, that one keeps it."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def find(self, key: bytes) -> int | None:
+        return self._page_of.get(key)
+
+    def forget(self) -> None:
+        """Drops every name: nothing computed so far is found again."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._page_of.clear()
+        self._key_of.clear()
+
+
+class KVCache:
+    """The pages of every layer. `scales[layer]` are K's and V's of an int8 or fp8 cache, None of a float one."""
+
+    def __init__(self, config: ModelConfig, cache_format: str, tokens: int, scales: list[Scales | None]) -> None:
+        self.format = cache_format
+        self.pool = PagePool(pages_for(tokens))
+        self.layers = [allocate_layer(config, cache_format, self.pool.pages, s) for s in scales]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)

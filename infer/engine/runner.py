@@ -1,0 +1,75 @@
+"""A model with its op table and its cache: runs what a scheduler chose, and whole windows for scoring and tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from quantbench.errors import RequestError
+from quantbench.infer.engine.cache import KVCache, pages_for
+from quantbench.infer.engine.forward import Model, Rows, batch_of, logits_of, rope_tables, run_layers
+from quantbench.infer.engine.limits import Limits, check_ids
+from quantbench.infer.engine.scheduler import Chunk, Running
+from quantbench.infer.engine.trace import Recorder, Trace
+from quantbench.infer.ops import Ops
+
+F32 = npt.NDArray[np.float32]
+
+
+class Runner:
+    """Everything that touches weights and pages."""
+
+    def __init__(self, ops: Ops, model: Model, cache: KVCache, limits: Limits) -> None:
+        self.ops, self.model, self.cache, self.limits = ops, model, cache, limits
+        self._rope = rope_tables(model.config, limits.max_length)
+
+    def step(self, work: list[Chunk]) -> tuple[list[Running], F32]:
+        """Computes `work`. Returns the sequences whose newest token was in it, and the logits f32[S, V] after it."""
+        batch = batch_of([Rows(c.ids, c.start, c.sequence.pages) for c in work])
+        x, delta = run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
+        last = [i for i, chunk in enumerate(work) if chunk.last]
+        if not last:
+            return [], np.empty((0, self.model.config.vocab_size), np.float32)
+        rows = batch.starts[1:][last].astype(np.int64) - 1
+        return [work[i].sequence for i in last], logits_of(self.ops, self.model, x, delta, rows)
+
+    def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
+        """Logits of every position of one window, as (start, f32[chunk, V])."""
+        for rows, rope in self._window(ids):
+            x, delta = run_layers(self.ops, self.model, batch_of([rows]), rope, self.cache.layers)
+            yield rows.start, logits_of(self.ops, self.model, x, delta)
+
+    def trace(self, ids: Sequence[int]) -> Trace:
+        """Everything one window does in every layer."""
+        parts = []
+        for rows, rope in self._window(ids):
+            recorder = Recorder(self.ops, len(self.model.layers))
+            x, delta = run_layers(recorder, self.model, batch_of([rows]), rope, self.cache.layers)
+            recorder.trace.logits = logits_of(recorder, self.model, x, delta)
+            parts.append(recorder.trace)
+        return Trace.join(parts)
+
+    def _window(self, ids: Sequence[int]) -> Iterator[tuple[Rows, tuple[F32, F32]]]:
+        """The chunks of one window and its RoPE tables; its pages are its own and given back at the end."""
+        check_ids(ids, self.model.config, self.limits.max_window, self.limits.window_reason)
+        rope = self._rope if len(ids) <= self.limits.max_length else rope_tables(self.model.config, len(ids))
+        with self._pages(len(ids)) as pages:
+            for start in range(0, len(ids), self.limits.chunk):
+                yield Rows([int(i) for i in ids[start : start + self.limits.chunk]], start, pages), rope
+
+    @contextmanager
+    def _pages(self, tokens: int) -> Iterator[list[int]]:
+        needed = pages_for(tokens)
+        pages = self.cache.pool.allocate(needed)
+        if pages is None:
+            raise RequestError(
+                f"a window of {tokens} tokens needs {needed} cache pages and running requests leave "
+                f"{self.cache.pool.available}; finish them first, or load with a larger cache_tokens"
+            )
+        try:
+            yield pages
+        finally:
+            self.cache.pool.release(pages)
