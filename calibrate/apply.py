@@ -1,0 +1,159 @@
+"""Carry out what the scale table says on one block, and hand the checkpoint writer its tensors.
+
+Nothing is decided here: transforms are folded with the table's factors, weights become codes under the table's scales.
+Names and layouts are those of compressed-tensors (docs/numerics.md has the list).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from quantbench.errors import CalibrationError
+from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
+from quantbench.quantizers.finite import require_finite
+from quantbench.quantizers.methods import METHODS
+from quantbench.quantizers.pack import pack_int32
+from quantbench.quantizers.smooth import fold_into_inputs, fold_into_norm, fold_into_outputs, repeat_heads
+from quantbench.quantizers.weight import QuantizedWeight
+from quantbench.scales.arrays import F32, Array
+from quantbench.scales.statistics import Statistics, scaled
+from quantbench.scales.table import ScaleTable
+from quantbench.vocabulary import LayerPlan, VariantPlan
+
+STORAGE: dict[str, np.dtype[np.generic]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_CACHE_NAMES = {"k_cache": "k_scale", "v_cache": "v_scale"}
+
+
+def apply_block(
+    layer: int,
+    weights: Mapping[str, F32],
+    table: ScaleTable,
+    variant: VariantPlan,
+    config: ModelConfig,
+    statistics: Mapping[str, Statistics] | None = None,
+) -> dict[str, Array]:
+    """Full tensor name -> array of one block as the checkpoint stores it.
+
+    weights: name within the block -> f32, untransformed. table: holds at least this block's entries. statistics: of the
+    untransformed taps, asked for only by methods that need a Hessian. Scales stay float32; floats take variant.dtype.
+    Raises CalibrationError for NaN, Inf or a float that variant.dtype cannot hold, CheckpointError for an absent entry.
+    """
+    prefix = block_prefix(layer)
+    folded = fold_block(layer, weights, table, config)
+    seen = transformed(layer, statistics, table, config) if statistics else {}
+    quantized = {f"{line.name}.weight": line for line in LINEARS if _plan(variant, prefix, line.name).quantized}
+    result: dict[str, Array] = {}
+    for name, value in folded.items():
+        if name in quantized:
+            line = quantized[name]
+            result |= linear_tensors(_plan(variant, prefix, line.name), value, table, seen.get(line.tap))
+        else:
+            result[f"{prefix}.{name}"] = _stored(f"{prefix}.{name}", value, variant.dtype)
+    if variant.cache.quantized:
+        for entry, stored in _CACHE_NAMES.items():
+            scale = table[f"{prefix}.self_attn.{entry}"].scale
+            result[f"{prefix}.self_attn.{stored}"] = scale.reshape(-1, 1, 1)
+    return result
+
+
+def linear_tensors(plan: LayerPlan, w: F32, table: ScaleTable, seen: Statistics | None) -> dict[str, Array]:
+    """The checkpoint's tensors of one quantized linear: codes, scales, and the static input scale if there is one."""
+    method = METHODS[plan.method]
+    if method.needs_hessian and (seen is None or seen.hessian is None):
+        raise CalibrationError(
+            f"{plan.name}: method {plan.method} needs the Hessian of its input, which was not collected"
+        )
+    tensors = compressed_tensors(method.quantize(w, table[f"{plan.name}.weight"], seen), plan)
+    if plan.activations is not None and not plan.dynamic:
+        tensors["input_scale"] = table[f"{plan.name}.input"].scale
+    return {f"{plan.name}.{part}": value for part, value in tensors.items()}
+
+
+def compressed_tensors(q: QuantizedWeight, plan: LayerPlan) -> dict[str, Array]:
+    """Parts of one linear by compressed-tensors' names. Weight-only integers are packed (format pack-quantized)."""
+    if q.format == "fp8_e4m3" or (q.format == "int8" and plan.activations is not None):
+        return {"weight": q.codes, "weight_scale": q.scale}
+    bits = 4 if q.format == "int4" else 8
+    parts: dict[str, Array] = {
+        "weight_packed": pack_int32(q.codes, bits),
+        "weight_scale": q.scale,
+        "weight_shape": np.array(q.codes.shape, np.int64),
+    }
+    if q.zero is not None:  # packed along the outputs, unlike the codes
+        parts["weight_zero_point"] = np.ascontiguousarray(pack_int32(q.zero.T.astype(np.int8), bits).T)
+    return parts
+
+
+def fold_block(layer: int, weights: Mapping[str, F32], table: ScaleTable, config: ModelConfig) -> dict[str, F32]:
+    """The block's weights behind its transforms: the same float function, other ranges."""
+    folded = dict(weights)
+    for source, factors in smoothing(layer, table).items():
+        weight, bias = folded[f"{source}.weight"], folded.get(f"{source}.bias")
+        if weight.ndim == 1:
+            folded[f"{source}.weight"] = fold_into_norm(weight, factors)
+        else:
+            folded[f"{source}.weight"], bias = fold_into_outputs(weight, bias, factors)
+        if bias is not None:
+            folded[f"{source}.bias"] = bias
+        for line in LINEARS:
+            if line.source == source:
+                name = f"{line.name}.weight"
+                folded[name] = fold_into_inputs(folded[name], input_factors(source, factors, config))
+    return folded
+
+
+def transformed(
+    layer: int, statistics: Mapping[str, Statistics], table: ScaleTable, config: ModelConfig
+) -> dict[str, Statistics]:
+    """Statistics of the taps behind the block's transforms, as far as they can be derived (statistics.scaled)."""
+    factors = tap_factors(layer, table, config)
+    return {tap: scaled(s, factors[tap]) if tap in factors else s for tap, s in statistics.items()}
+
+
+def tap_factors(layer: int, table: ScaleTable, config: ModelConfig) -> dict[str, F32]:
+    """Tap -> f32[C] by which the block's transforms multiply it. Taps that no transform touches are absent."""
+    result: dict[str, F32] = {}
+    for source, factors in smoothing(layer, table).items():
+        tap = next(line.tap for line in LINEARS if line.source == source)
+        result[tap] = np.float32(1) / input_factors(source, factors, config)
+        if source == "self_attn.v_proj":
+            result["v"] = np.float32(1) / factors
+    return result
+
+
+def smoothing(layer: int, table: ScaleTable) -> dict[str, F32]:
+    """Source within the block (a norm, v_proj or up_proj) -> factors its output is divided by."""
+    prefix = block_prefix(layer) + "."
+    return {
+        e.name.removeprefix(prefix).removesuffix(".smooth"): e.scale
+        for e in table
+        if e.kind == "transform" and e.name.startswith(prefix) and e.name.endswith(".smooth")
+    }
+
+
+def input_factors(source: str, factors: F32, config: ModelConfig) -> F32:
+    """Factors of the input channels behind `source`; v_proj's repeat over the query heads that share a KV head."""
+    return repeat_heads(factors, config.num_heads, config.head_dim) if source == "self_attn.v_proj" else factors
+
+
+def _plan(variant: VariantPlan, prefix: str, linear: str) -> LayerPlan:
+    name = f"{prefix}.{linear}"
+    return variant.layers.get(name) or LayerPlan(name, variant.dtype)
+
+
+def _stored(name: str, value: F32, dtype: str) -> Array:
+    require_finite(value, name)
+    with np.errstate(over="ignore"):
+        stored = value.astype(STORAGE[dtype])
+    if not np.all(np.isfinite(stored)):
+        raise CalibrationError(
+            f"{name}: values up to {np.abs(value).max():.3g} overflow {dtype}; store floats as bfloat16"
+        )
+    return stored

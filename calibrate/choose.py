@@ -1,0 +1,266 @@
+"""Decide every scale of one block: transforms first, then weights (behind the transforms), inputs and cache.
+
+What the fused runtime shares is decided once: one input scale per tap of a fused group (q/k/v, gate/up), and per-tensor
+FP8 weight scales tied to the largest of the group. Every entry says why it is what it is and what it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantbench.calibrate.apply import STORAGE, fold_block, tap_factors, transformed
+from quantbench.errors import CalibrationError, RecipeError, unknown
+from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
+from quantbench.infer.models.family import Linear
+from quantbench.quantizers.formats import FORMATS
+from quantbench.quantizers.smooth import smooth_factors, storable_factors, tie_heads
+from quantbench.quantizers.weight_range import WeightRange, weight_entry, weight_range
+from quantbench.registry import Registry
+from quantbench.scales.arrays import F32
+from quantbench.scales.ranges import histogram_loss, range_of
+from quantbench.scales.statistics import Statistics
+from quantbench.scales.table import Entry, ScaleTable
+from quantbench.vocabulary import LayerPlan, VariantPlan
+
+Reobserve = Callable[[dict[str, F32]], dict[str, Statistics]]  # {tap: factors} -> statistics of x * factors
+SMOOTH_TARGETS = ("attn_in", "o_in", "mlp_in", "down_in")
+DEFAULT_TARGETS = ("attn_in", "mlp_in", "down_in")  # o_in would also change the V cache; see docs/numerics.md
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block as calibration found it: weights by name within the block, statistics by tap, both untransformed."""
+
+    layer: int
+    weights: Mapping[str, F32]
+    statistics: Mapping[str, Statistics]
+    variant: VariantPlan
+    config: ModelConfig
+
+    @property
+    def prefix(self) -> str:
+        return block_prefix(self.layer)
+
+    def plan(self, linear: str) -> LayerPlan | None:
+        """The plan of a quantized linear, or None where it stays float."""
+        plan = self.variant.layers.get(f"{self.prefix}.{linear}")
+        return plan if plan is not None and plan.quantized else None
+
+
+Transform = Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
+TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)
+
+
+def choose_block(
+    layer: int,
+    weights: Mapping[str, F32],
+    statistics: Mapping[str, Statistics],
+    variant: VariantPlan,
+    config: ModelConfig,
+    reobserve: Reobserve | None = None,
+) -> ScaleTable:
+    """The scale table of one block under one variant; empty where nothing of the block is quantized.
+
+    `reobserve` gives the statistics of taps behind transforms; it is called, at most once, only where an observer other
+    than absmax decides such a tap. Raises CalibrationError (NaN, absent statistics), RecipeError (unknown words).
+    """
+    block = Block(layer, weights, statistics, variant, config)
+    table = ScaleTable()
+    for transform in variant.transforms:
+        for name, options in transform.items():
+            for entry in TRANSFORMS[name](block, table, options or {}):
+                table.add(entry)
+    seen = _observed(block, table, reobserve)
+    for entry in (
+        *_weights(block, fold_block(layer, weights, table, config)),
+        *_inputs(block, seen),
+        *_caches(block, seen),
+    ):
+        table.add(entry)
+    return table
+
+
+@TRANSFORMS.register("smooth")
+def smooth(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> list[Entry]:
+    """SmoothQuant factors of every target whose linears have quantized inputs; quantizers/smooth.py has the formula.
+
+    options: alpha (0.5), targets (default attn_in, mlp_in, down_in).
+    """
+    targets = options.get("targets", DEFAULT_TARGETS)
+    problems = [unknown("smooth target", str(t), SMOOTH_TARGETS) for t in targets if t not in SMOOTH_TARGETS]
+    problems += [
+        unknown("smooth option", str(k), ("alpha", "targets")) for k in options if k not in ("alpha", "targets")
+    ]
+    if problems:
+        raise RecipeError(*problems)
+    decided = ScaleTable.merge(table)
+    for tap in SMOOTH_TARGETS:
+        lines = [line for line in LINEARS if line.tap == tap]
+        if tap in targets and any((p := block.plan(line.name)) and p.activations for line in lines):
+            decided.add(_smooth_entry(block, decided, lines, float(options.get("alpha", 0.5))))
+    return [entry for entry in decided if entry.name not in table]
+
+
+def _smooth_entry(block: Block, decided: ScaleTable, lines: Sequence[Linear], alpha: float) -> Entry:
+    config, source = block.config, lines[0].source
+    weights = fold_block(block.layer, block.weights, decided, config)
+    seen = _tap(transformed(block.layer, block.statistics, decided, config), lines[0].tap, block)
+    act = seen.channel_absmax
+    columns = np.max([np.abs(weights[f"{line.name}.weight"]).max(axis=0) for line in lines], axis=0)
+    if source == "self_attn.v_proj":
+        act, columns = (tie_heads(a, config.num_kv_heads, config.head_dim) for a in (act, columns))
+    factors = smooth_factors(act, columns, alpha)
+    if weights[f"{source}.weight"].ndim == 1:
+        factors = storable_factors(weights[f"{source}.weight"], factors, STORAGE[block.variant.dtype])
+    behind = ", ".join(line.name.split(".")[-1] for line in lines)
+    return Entry(
+        name=f"{block.prefix}.{source}.smooth",
+        kind="transform",
+        format="float32",
+        granularity="channel",
+        scale=factors,
+        zero=None,
+        absmax=act,
+        group_size=None,
+        observer="smooth",
+        reason=f"SmoothQuant alpha {alpha:g} between the input and the weights of {behind}",
+        loss=None,
+    )
+
+
+def _observed(block: Block, table: ScaleTable, reobserve: Reobserve | None) -> dict[str, Statistics]:
+    """Statistics behind the transforms: derived where absmax is all that is asked, seen again where it is not."""
+    seen = transformed(block.layer, block.statistics, table, block.config)
+    factors = tap_factors(block.layer, table, block.config)
+    again = {tap: f for tap, f in factors.items() if any(o != "absmax" for o in _observers(block, tap))}
+    if not again:
+        return seen
+    if reobserve is None:
+        raise CalibrationError(
+            f"{block.prefix}: {', '.join(sorted(again))} must be observed again behind the transforms, because only "
+            "the absmax observer follows from what was seen before; use observer absmax, or allow a second look at the data"
+        )
+    return seen | reobserve(again)
+
+
+def _observers(block: Block, tap: str) -> set[str]:
+    plans = [p for line in LINEARS if line.tap == tap and (p := block.plan(line.name))]
+    names = {p.activation_observer for p in plans if p.activations and not p.dynamic}
+    if tap in ("k", "v") and block.variant.cache.quantized:
+        names.add(block.variant.cache.observer)
+    return names
+
+
+def _weights(block: Block, folded: Mapping[str, F32]) -> Iterator[Entry]:
+    for group in _fused_groups():
+        plans = [(p, folded[f"{line.name}.weight"]) for line in group if (p := block.plan(line.name))]
+        tied = [p for p, _ in plans if p.weights == "fp8_e4m3" and p.granularity == "tensor"]
+        ranges = {p.name: weight_range(w, p) for p, w in plans}
+        largest = max((float(ranges[p.name].high[0]) for p in tied), default=0.0)
+        for plan, w in plans:
+            chosen, note = ranges[plan.name], ""
+            if len(tied) > 1 and plan in tied:
+                high = np.array([largest], np.float32)
+                chosen, note = WeightRange(-high, high), f", the largest of {_short(tied)}"
+            yield weight_entry(w, plan, chosen, note)
+
+
+def _inputs(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
+    for group in _fused_groups():
+        plans = [p for line in group if (p := block.plan(line.name)) and p.activations]
+        static = [p for p in plans if not p.dynamic]
+        shared = input_range(static, _tap(seen, group[0].tap, block)) if static else None
+        for plan in plans:
+            yield dynamic_input(plan) if plan.dynamic or shared is None else static_input(plan, shared, static)
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """The range of one tap as its fused group shares it."""
+
+    absmax: F32  # [1]
+    statistics: Statistics
+
+
+def input_range(plans: Sequence[LayerPlan], seen: Statistics) -> InputRange:
+    """One range for all linears that read a tap: the largest of what their observers choose."""
+    chosen = [range_of(seen, p.activation_observer, FORMATS[str(p.activations)].qmax) for p in plans]
+    return InputRange(np.max(chosen, axis=0).astype(np.float32), seen)
+
+
+def static_input(plan: LayerPlan, shared: InputRange, group: Sequence[LayerPlan]) -> Entry:
+    record = FORMATS[str(plan.activations)]
+    note = f", shared by {_short(group)}" if len(group) > 1 else ""
+    return Entry(
+        name=f"{plan.name}.input",
+        kind="input",
+        format=record.name,
+        granularity="tensor",
+        scale=record.scale_of(shared.absmax),
+        zero=None,
+        absmax=shared.absmax,
+        group_size=None,
+        observer=plan.activation_observer,
+        reason=_reason(plan.activation_observer, shared.statistics) + note,
+        loss=histogram_loss(shared.statistics, shared.absmax, record.qmax),
+    )
+
+
+def dynamic_input(plan: LayerPlan) -> Entry:
+    empty = np.empty(0, np.float32)
+    reason = "one scale per token, taken at run time"
+    return Entry(
+        f"{plan.name}.input", "input", str(plan.activations), "token", empty, None, empty, None, "dynamic", reason, None
+    )
+
+
+def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
+    cache = block.variant.cache
+    if not cache.quantized:
+        return
+    record = FORMATS[cache.format]
+    for tap in ("k", "v"):
+        statistics = _tap(seen, tap, block)
+        absmax = range_of(statistics, cache.observer, record.qmax)
+        if cache.granularity == "tensor":
+            absmax = np.full_like(absmax, absmax.max())
+        yield Entry(
+            name=f"{block.prefix}.self_attn.{tap}_cache",
+            kind="cache",
+            format=record.name,
+            granularity="head",
+            scale=record.scale_of(absmax),
+            zero=None,
+            absmax=absmax,
+            group_size=None,
+            observer=cache.observer,
+            reason=_reason(cache.observer, statistics) + f", one range per {cache.granularity}",
+            loss=histogram_loss(statistics, absmax, record.qmax),
+        )
+
+
+def _fused_groups() -> list[list[Linear]]:
+    labels = list(dict.fromkeys(line.fused for line in LINEARS))
+    return [[line for line in LINEARS if line.fused == label] for label in labels]
+
+
+def _tap(seen: Mapping[str, Statistics], tap: str, block: Block) -> Statistics:
+    if tap not in seen:
+        raise CalibrationError(
+            f"{block.prefix}: no statistics of tap {tap!r} ({', '.join(seen) or 'none at all'} known)"
+        )
+    return seen[tap]
+
+
+def _reason(observer: str, s: Statistics) -> str:
+    return (
+        f"{observer} over {s.batches} batches, {s.tokens} tokens" if s.batches else f"{observer} over {s.tokens} tokens"
+    )
+
+
+def _short(plans: Sequence[LayerPlan]) -> str:
+    return ", ".join(p.name.split(".")[-1] for p in plans)

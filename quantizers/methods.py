@@ -1,0 +1,27 @@
+"""The methods by which a weight becomes codes under a given scale. Recipe word = registry name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quantbench.errors import RecipeError
+from quantbench.quantizers.rtn import rtn
+from quantbench.quantizers.weight import QuantizedWeight
+from quantbench.registry import Registry
+from quantbench.scales.arrays import F32
+from quantbench.scales.statistics import Statistics
+from quantbench.scales.table import Entry
+
+
+@dataclass(frozen=True)
+class Method:
+    """`quantize(w [N, K], entry, statistics of the input)`; `needs_hessian`: statistics must hold sum of x xT."""
+
+    name: str
+    quantize: Callable[[F32, Entry, Statistics | None], QuantizedWeight]
+    needs_hessian: bool = False
+
+
+METHODS: Registry[Method] = Registry("method", RecipeError)
+METHODS.add("rtn", Method("rtn", rtn))
