@@ -80,7 +80,8 @@ def run_layers(
     delta = None
     number = 0
     try:
-        for number, (layer, pages) in enumerate(zip(model.layers, cache, strict=True)):
+        for number, layer in enumerate(model.layers):
+            pages = cache[number]
             a = ops.add_norm(x, delta, layer.attn_norm, eps, layer.qkv.spec)
             qkv = project(ops, a, layer.qkv)
             q = ops.rope_write(qkv, batch, rope, layer.qk_norms, eps, pages)

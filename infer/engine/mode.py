@@ -48,7 +48,7 @@ def resolve_mode(source: ModelSource, name: str | None) -> tuple[Mode, bool]:
     mode = MODES[name]
     if mode.cache not in FLOATS:
         raise RequestError(
-            f"{source.name}: mode {name!r} holds the KV cache in {mode.cache} with calibrated scales, and a float model "
-            f"has none; run `quantbench calibrate` with this mode and load its checkpoint"
+            f"{source.name}: mode {name!r} holds the KV cache in {mode.cache} with calibrated scales, which a float "
+            f"model does not have; run `quantbench calibrate` with this mode and load its checkpoint"
         )
     return mode, True

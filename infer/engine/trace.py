@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.infer.models import block_prefix
-from quantbench.infer.ops import Activation, ActSpec, Batch, LayerCache, Ops, Packed
+from quantbench.infer.ops import FLOAT, Activation, ActSpec, Batch, LayerCache, Ops, Packed
 from quantbench.infer.ops.types import Array, Ints, Weights
 
 F32 = npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ class Recorder:
     def linear(self, a: Activation, w: Packed) -> F32:
         return self._ops.linear(a, w)
 
-    def add_norm(self, x: F32, delta: F32 | None, weight: F32, eps: float, spec: ActSpec) -> Activation:
+    def add_norm(self, x: F32, delta: F32 | None, weight: F32, eps: float, spec: ActSpec = FLOAT) -> Activation:
         a = self._ops.add_norm(x, delta, weight, eps, replace(spec, keep_float=True))
         layer, half = divmod(self._norms, 2)
         if half == 0 and layer > 0:
@@ -95,7 +95,7 @@ class Recorder:
         self._after_attention = False
         return self._record(f"{self._layer}.o_in", a)
 
-    def silu_mul(self, gate_up: F32, spec: ActSpec) -> Activation:
+    def silu_mul(self, gate_up: F32, spec: ActSpec = FLOAT) -> Activation:
         a = self._ops.silu_mul(gate_up, replace(spec, keep_float=True))
         return self._record(f"{self._layer}.down_in", a)
 
@@ -117,7 +117,7 @@ class Recorder:
             self.trace.taps[f"{self._layer}.{tap}"] = Tap(values, codes, scale) if quantized else Tap(values)
         return q
 
-    def attention(self, q: F32, batch: Batch, cache: LayerCache, window: int | None) -> F32:
+    def attention(self, q: F32, batch: Batch, cache: LayerCache, window: int | None = None) -> F32:
         self._after_attention = True
         return self._ops.attention(q, batch, cache, window)
 
