@@ -1,0 +1,143 @@
+"""One pass of one block over all calibration samples: what was seen at its taps, and the hidden states after it.
+
+    states = HiddenStates.start(forward.embed(tokens.ids), tokens.lengths, work)
+    for layer in range(config.num_layers):
+        seen, after = collect_block(forward, layer, source.float_block(layer), states)
+        save(path_of(layer), seen)      # first the statistics,
+        after.commit()                  # then the states: a killed run resumes behind what is saved
+        states = after
+
+Statistics are of the float values that reach a tap; a `replace` hook (fake quantization) acts after they are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantbench.calibrate.forward import ALL_TAPS, LINEAR_TAPS, BlockForward, Float, TapHook
+from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.paddleslim import LiveObserver, live_observer
+from quantbench.errors import CalibrationError
+from quantbench.infer.models import CACHE_TAPS, block_prefix
+from quantbench.scales.statistics import Statistics, merge, observe
+
+BATCH_TOKENS = 4096  # tokens per calibration batch unless told otherwise: 8 samples of 512
+Observe = Callable[[Float, int, bool], Statistics]
+
+
+@dataclass(frozen=True)
+class Collect:
+    """What to record. Taps outside `taps` cost nothing.
+
+    hessian: taps whose sum of x xᵀ is wanted (k and v never).
+    observers: live observers by name ("paddleslim:hist"), driven batch by batch on every tap.
+    factors: tap -> f32[C]; statistics are of x * factor, to observe again behind a transform not folded yet.
+    batch: samples per calibration batch (one row of `batch_absmax`); None: as many as make 4,096 tokens.
+    """
+
+    taps: Collection[str] = ALL_TAPS
+    hessian: Collection[str] = ()
+    observers: Sequence[str] = ()
+    factors: Mapping[str, Float] = field(default_factory=dict)
+    batch: int | None = None
+
+
+class _Recorder:
+    """The tap hook of one block: observes each batch, merges, and lets `replace` act on the values."""
+
+    def __init__(self, layer: int, options: Collect, replace: TapHook | None, kv_heads: int) -> None:
+        self._layer, self._options, self._replace, self._kv_heads = layer, options, replace, kv_heads
+        self.seen: dict[str, Statistics] = {}
+        self._live: dict[tuple[str, str], LiveObserver] = {}
+
+    def __call__(self, tap: str, x: Float) -> Float | None:
+        if tap in self._options.taps:
+            self._record(tap, x)
+        return None if self._replace is None else self._replace(tap, x)
+
+    def _record(self, tap: str, x: Float) -> None:
+        rows = self._kv_heads if tap in CACHE_TAPS else 1
+        flat = np.ascontiguousarray(x.reshape(len(x), -1), np.float32)
+        if tap in self._options.factors:
+            flat = flat * self._options.factors[tap]
+        try:
+            batch = observe(flat, rows, tap in self._options.hessian)
+        except CalibrationError as error:
+            raise CalibrationError(*(f"{block_prefix(self._layer)} {tap}: {p}" for p in error.problems)) from error
+        self.seen[tap] = merge(self.seen[tap], batch) if tap in self.seen else batch
+        for name in self._options.observers:
+            key = (tap, name)
+            if key not in self._live:
+                self._live[key] = live_observer(name, rows)
+            self._live[key].update(flat)
+
+    def finish(self) -> dict[str, Statistics]:
+        for (tap, name), observer in self._live.items():
+            self.seen[tap].live[name] = observer.threshold()
+        return self.seen
+
+
+def collect_block(
+    forward: BlockForward,
+    layer: int,
+    weights: Mapping[str, npt.NDArray[Any]],
+    hidden: HiddenStates,
+    options: Collect | None = None,
+    *,
+    replace: TapHook | None = None,
+    advance: bool = True,
+) -> tuple[dict[str, Statistics], HiddenStates]:
+    """Statistics per tap of block `layer` on `hidden`, and the states after it, written but not committed.
+
+    `weights` by name within the block (f32). `replace` may replace a tap's values (fake quantization). With
+    `advance` False the states after the block are dropped and `hidden` itself is returned: that is a second look.
+    Raises CalibrationError for NaN or Inf in a weight or at a tap, naming the block and the tensor or tap.
+    """
+    options = options or Collect()
+    check_finite(layer, weights)
+    forward.load(layer, weights)
+    recorder = _Recorder(layer, options, replace, forward.config.num_kv_heads)
+    taps = ALL_TAPS + LINEAR_TAPS if replace is not None else options.taps
+    after = hidden.following()
+    for samples in hidden.batches(options.batch or max(1, BATCH_TOKENS // hidden.shape[1])):
+        out = forward.run(hidden.read(samples), hidden.lengths[samples], recorder, taps)
+        if advance:
+            after.write(samples.start, out)
+    return recorder.finish(), after if advance else hidden
+
+
+def advance_block(
+    forward: BlockForward,
+    layer: int,
+    weights: Mapping[str, npt.NDArray[Any]],
+    hidden: HiddenStates,
+    *,
+    replace: TapHook | None = None,
+) -> HiddenStates:
+    """The states after block `layer`, uncommitted, recording nothing: how a variant's own stream moves on."""
+    return collect_block(forward, layer, weights, hidden, Collect(taps=()), replace=replace)[1]
+
+
+def check_finite(layer: int, weights: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raises CalibrationError listing every tensor of the block that holds NaN or Inf."""
+    bad = {name: _count_non_finite(array) for name, array in weights.items()}
+    problems = [
+        f"{block_prefix(layer)}.{name}: {n} of {weights[name].size} weights are NaN or Inf; the model file is damaged"
+        for name, n in bad.items()
+        if n
+    ]
+    if problems:
+        raise CalibrationError(*problems)
+
+
+def _count_non_finite(array: npt.NDArray[Any]) -> int:
+    # The sum of finite float32 values is finite in float64, and NaN and Inf survive it: one pass, no temporary.
+    with np.errstate(invalid="ignore"):
+        if np.isfinite(array.sum(dtype=np.float64)):
+            return 0
+    return int(np.count_nonzero(~np.isfinite(array)))

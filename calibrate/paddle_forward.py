@@ -1,0 +1,262 @@
+"""`BlockForward` in PaddlePaddle, float32, on whatever device Paddle has.
+
+Padding costs nothing and is never seen: linears and norms work on the real tokens only, laid out as [tokens, D];
+attention alone needs the [S, L] frame. Right padding with a causal mask needs no padding mask, because no real token
+attends to a later one. Arrays go in by copy (Paddle's own buffers are aligned, so the same input gives the same
+bits) and come out without one where Paddle's device is the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantbench.calibrate.forward import ALL_TAPS, HEAD_TAP, Float, Int, TapHook
+from quantbench.errors import CalibrationError, DependencyError
+from quantbench.infer.checkpoint.source import ModelSource
+from quantbench.infer.models import ModelConfig, block_prefix, block_tensors
+
+Tensor = Any  # a paddle.Tensor; never leaves this file
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+QUERY_CHUNK = 256  # queries per attention step: bounds the scores and skips keys that come after the chunk
+
+
+@cache
+def import_paddle() -> Any:
+    """The `paddle` module, quiet, with its threads set to the cores this process may use. Raises DependencyError."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or _cores()  # read before paddle sets it to 1
+    if _is_amd():
+        # Paddle's MKL (2019) takes a slow path on AMD unless told that the CPU has AVX2: 39 -> 99 GFLOP/s per core.
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import paddle
+        except ImportError as error:
+            raise DependencyError(
+                f"calibration computes with PaddlePaddle, which cannot be imported here ({error}). Install it with: "
+                'pip install "paddlepaddle>=3.3,<3.4" (CPU), or paddlepaddle-gpu of the same version for a GPU'
+            ) from error
+    paddle.base.core.set_num_threads(threads)
+    return paddle
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _is_amd() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace")[:4096]
+
+
+@dataclass
+class _Frame:
+    """Where the real tokens are. `rows` i64[T] indexes them in the flat [S*L] frame; None = all of them are real."""
+
+    samples: int
+    length: int
+    positions: npt.NDArray[np.int64]  # [T]
+    rows: Tensor | None
+
+
+class PaddleForward:
+    """One model's blocks, one at a time. `read(name)` gives the embedding, the final norm and `lm_head.weight` (also
+    where it is tied to the embedding) as float arrays; `of(source)` makes it of an opened model.
+
+    Raises DependencyError without Paddle, CalibrationError for a device Paddle does not know.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        read: Callable[[str], npt.NDArray[Any]],
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.config = config
+        self._read = read
+        self._paddle = import_paddle()
+        self._select(device, threads)
+        self._layer = -1
+        self._weights: dict[str, Tensor] = {}
+        self._outer: dict[str, Tensor] = {}  # final norm and head, while `head` is in use
+        self._hook: TapHook | None = None
+        self._taps: Collection[str] = ()
+
+    @classmethod
+    def of(cls, source: ModelSource, *, device: str | None = None, threads: int | None = None) -> PaddleForward:
+        def read(name: str) -> npt.NDArray[Any]:
+            return source.read(name) if name == EMBEDDING else source.float_tensor(name)
+
+        return cls(source.config, read, device=device, threads=threads)
+
+    def _select(self, device: str | None, threads: int | None) -> None:
+        if threads is not None:
+            self._paddle.base.core.set_num_threads(threads)
+        if device is None:
+            return
+        try:
+            self._paddle.set_device(device)
+        except (ValueError, RuntimeError) as error:
+            raise CalibrationError(
+                f"device {device!r} cannot be used by this PaddlePaddle ({error}). It has: "
+                f"{', '.join(['cpu', *self._paddle.device.get_available_device()])}"
+            ) from error
+
+    def embed(self, ids: Int) -> Float:
+        return np.asarray(self._read(EMBEDDING)[ids], np.float32)
+
+    def load(self, layer: int, weights: Mapping[str, npt.NDArray[Any]]) -> None:
+        missing = sorted(set(block_tensors(self.config)) - set(weights))
+        if missing:
+            raise CalibrationError(
+                *(f"{block_prefix(layer)}.{name}: needed by the forward, not given" for name in missing)
+            )
+        self._outer = {}
+        self._weights = {}  # before the next block is read: one block in memory
+        self._layer = layer
+        for name, array in weights.items():
+            self._weights[name] = self._tensor(array)
+
+    def run(
+        self, hidden: Float, lengths: Int, tap_hook: TapHook | None = None, taps: Collection[str] = ALL_TAPS
+    ) -> Float:
+        self._hook, self._taps = tap_hook, taps
+        with self._paddle.no_grad():
+            frame = self._frame(hidden, lengths)
+            x = self._flat(self._tensor(hidden).reshape([-1, hidden.shape[-1]]), frame)
+            x = x + self._attention_part(x, frame)
+            x = x + self._mlp_part(x)
+            return self._array(self._framed(x, frame)).reshape(hidden.shape)
+
+    def head(self, hidden: Float, tap_hook: TapHook | None = None) -> Float:
+        self._hook, self._taps = tap_hook, (HEAD_TAP,)
+        if not self._outer:
+            self._weights = {}  # the head is often larger than a block: never both
+            self._outer = {name: self._tensor(self._read(name)) for name in (NORM, HEAD)}
+        with self._paddle.no_grad():
+            x = self._rms(self._tensor(hidden).reshape([-1, hidden.shape[-1]]), self._outer[NORM])
+            x = self._tap(HEAD_TAP, x)
+            logits = self._paddle.matmul(x, self._outer[HEAD], transpose_y=True)
+            return self._array(logits).reshape(*hidden.shape[:-1], -1)
+
+    # Between numpy and Paddle
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        return self._paddle.to_tensor(np.ascontiguousarray(array, np.float32))
+
+    def _array(self, x: Tensor) -> Float:
+        return np.asarray(np.from_dlpack(x) if x.place.is_cpu_place() else x.numpy(), np.float32)
+
+    def _frame(self, hidden: Float, lengths: Int) -> _Frame:
+        samples, length = hidden.shape[:2]
+        real = np.arange(length)[None, :] < np.asarray(lengths)[:, None]
+        rows = None if real.all() else self._paddle.to_tensor(np.flatnonzero(real))
+        return _Frame(samples, length, np.nonzero(real)[1], rows)
+
+    def _flat(self, x: Tensor, frame: _Frame) -> Tensor:
+        return x if frame.rows is None else self._paddle.gather(x, frame.rows)
+
+    def _framed(self, x: Tensor, frame: _Frame) -> Tensor:
+        """[T, C] -> [S*L, C], padded rows zero."""
+        if frame.rows is None:
+            return x
+        empty = self._paddle.zeros([frame.samples * frame.length, x.shape[-1]], dtype=x.dtype)
+        return self._paddle.scatter(empty, frame.rows, x)
+
+    def _tap(self, name: str, x: Tensor) -> Tensor:
+        if self._hook is None or name not in self._taps:
+            return x
+        replaced = self._hook(name, self._array(x))
+        return x if replaced is None else self._tensor(replaced)
+
+    # The block
+
+    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * self._paddle.rsqrt((x * x).mean(-1, keepdim=True) + self.config.norm_eps) * weight
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        x = self._tap(name, x)
+        y = self._paddle.matmul(x, self._weights[f"{name}.weight"], transpose_y=True)
+        bias = self._weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _attention_part(self, x: Tensor, frame: _Frame) -> Tensor:
+        c = self.config
+        x = self._tap("attn_in", self._rms(x, self._weights["input_layernorm.weight"]))
+        q = self._linear(x, "self_attn.q_proj").reshape([-1, c.num_heads, c.head_dim])
+        k = self._linear(x, "self_attn.k_proj").reshape([-1, c.num_kv_heads, c.head_dim])
+        v = self._linear(x, "self_attn.v_proj").reshape([-1, c.num_kv_heads, c.head_dim])
+        if c.qk_norm:
+            q = self._rms(q, self._weights["self_attn.q_norm.weight"])
+            k = self._rms(k, self._weights["self_attn.k_norm.weight"])
+        cos, sin = self._rotation(frame)
+        q, k = _rotate(self._paddle, q, cos, sin), self._tap("k", _rotate(self._paddle, k, cos, sin))
+        o = self._attention(q, k, self._tap("v", v), frame)
+        return self._linear(self._tap("o_in", o), "self_attn.o_proj")
+
+    def _mlp_part(self, x: Tensor) -> Tensor:
+        x = self._tap("mlp_in", self._rms(x, self._weights["post_attention_layernorm.weight"]))
+        gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
+        return self._linear(self._tap("down_in", self._paddle.nn.functional.swiglu(gate, up)), "mlp.down_proj")
+
+    def _rotation(self, frame: _Frame) -> tuple[Tensor, Tensor]:
+        """cos and sin f32[T, 1, head_dim/2] of each real token's position."""
+        inverse = self.config.rope.inverse_frequencies(self.config.head_dim, frame.length)
+        angles = np.arange(frame.length, dtype=np.float32)[:, None] * inverse
+        of_token = angles[frame.positions][:, None, :]
+        return self._tensor(np.cos(of_token)), self._tensor(np.sin(of_token))
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, frame: _Frame) -> Tensor:
+        """Causal grouped-query attention of [T, heads, d]; -> [T, H*d]."""
+        c = self.config
+        groups = c.num_heads // c.num_kv_heads
+        q, k, v = (self._framed(x.reshape([x.shape[0], -1]), frame) for x in (q, k, v))
+        q = q.reshape([frame.samples, frame.length, c.num_kv_heads, groups, c.head_dim]).transpose([0, 2, 3, 1, 4])
+        k, v = (
+            x.reshape([frame.samples, frame.length, c.num_kv_heads, c.head_dim]).transpose([0, 2, 1, 3]) for x in (k, v)
+        )
+        steps = [
+            self._attention_step(q[:, :, :, start : start + QUERY_CHUNK], k, v, start)
+            for start in range(0, frame.length, QUERY_CHUNK)
+        ]
+        o = steps[0] if len(steps) == 1 else self._paddle.concat(steps, axis=3)
+        o = o.transpose([0, 3, 1, 2, 4]).reshape([frame.samples * frame.length, -1])
+        return self._flat(o, frame)
+
+    def _attention_step(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Attention of the queries [S, KV, G, n, d] at positions start .. start+n to all keys they may see."""
+        samples, heads, groups, n, d = q.shape
+        window = self.config.window_of(self._layer)
+        first = 0 if window is None else max(0, start - window + 1)
+        k, v = k[:, :, first : start + n], v[:, :, first : start + n]
+        scores = self._paddle.matmul(q.reshape([samples, heads, groups * n, d]), k, transpose_y=True) * d**-0.5
+        scores = scores.reshape([samples, heads, groups, n, -1]) + self._tensor(_mask(start, n, first, window))
+        weights = self._paddle.nn.functional.softmax(scores, axis=-1)
+        o = self._paddle.matmul(weights.reshape([samples, heads, groups * n, -1]), v)
+        return o.reshape([samples, heads, groups, n, d])
+
+
+def _mask(start: int, n: int, first: int, window: int | None) -> Float:
+    """f32[n, keys]: 0 where query start+i may see key first+j, else -inf. A window of w sees itself and w-1 before."""
+    distance = np.arange(start, start + n)[:, None] - np.arange(first, start + n)[None, :]
+    seen = (distance >= 0) & (distance < window if window is not None else True)
+    return np.where(seen, 0.0, -np.inf).astype(np.float32)
+
+
+def _rotate(paddle: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in HF's layout: channel i is paired with channel i + head_dim/2."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return paddle.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -1,0 +1,161 @@
+"""What a quantized model computes, by Paddle: dequantized weights, and taps that are quantized and dequantized.
+
+This shares no arithmetic with the runtime but the formats' reference in quantizers/, so it is what parity compares
+the served logits with: if both agree, the kernels did what calibration decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+
+from quantbench.calibrate.forward import HEAD_TAP, BlockForward, Float, Int
+from quantbench.calibrate.paddle_forward import PaddleForward
+from quantbench.infer.checkpoint.source import LinearWeight, ModelSource
+from quantbench.infer.engine.mode import stored_mode
+from quantbench.infer.engine.trace import Tap, Trace
+from quantbench.infer.models import LINEARS, block_prefix
+from quantbench.quantizers.activation import quantize_activation
+from quantbench.quantizers.formats import FORMATS
+
+_FLOAT_CACHES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How a linear's input is quantized: `scale` static, or None for one scale per token."""
+
+    format: str
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How K and V are held: a float dtype's name, or a format with one scale per KV head, f32[KV]."""
+
+    format: str
+    k_scale: Float | None = None
+    v_scale: Float | None = None
+
+
+@dataclass
+class FakeQuantize:
+    """A tap hook: replaces the taps in `inputs` (taps or single linears) and K and V by what quantization leaves.
+
+    With `record`, every call's tap is kept there (float input, codes and scale; K and V decoded, as they are read).
+    """
+
+    inputs: Mapping[str, InputFormat]
+    cache: CacheFormat
+    record: dict[str, Tap] | None = None
+    _shared: frozenset[str] = field(default=frozenset((*(line.tap for line in LINEARS), HEAD_TAP)), repr=False)
+
+    def __call__(self, tap: str, x: Float) -> Float | None:
+        if tap in ("k", "v"):
+            return self._cached(tap, x)
+        if tap not in self.inputs:
+            if tap in self._shared:
+                self._keep(tap, Tap(x.copy()) if self.record is not None else None)
+            return None
+        spec = self.inputs[tap]
+        codes, scale = quantize_activation(x, spec.format, spec.scale)
+        self._keep(tap, Tap(x.copy(), codes, scale) if self.record is not None else None)
+        return FORMATS[spec.format].decode(codes, scale if spec.scale is not None else scale[:, None])
+
+    def _cached(self, tap: str, x: Float) -> Float:
+        if self.cache.format in _FLOAT_CACHES:
+            values = x.astype(_FLOAT_CACHES[self.cache.format]).astype(np.float32)
+            self._keep(tap, Tap(values))
+            return values
+        scale = self.cache.k_scale if tap == "k" else self.cache.v_scale
+        assert scale is not None
+        record = FORMATS[self.cache.format]
+        codes = record.encode(x, scale[:, None])
+        values = record.decode(codes, scale[:, None])
+        self._keep(tap, Tap(values, codes, scale))
+        return values
+
+    def _keep(self, tap: str, seen: Tap | None) -> None:
+        if self.record is not None and seen is not None:
+            self.record[tap] = seen
+
+
+def quantized_block(source: ModelSource, layer: int, cache: str | None = None) -> tuple[dict[str, Float], FakeQuantize]:
+    """Weights of one block as they act (dequantized, f32, by name within the block) and the hook for its taps.
+
+    `cache` overrides the format of a float KV cache ("float32" to simulate a bf16 model run in fp32).
+    """
+    linears = {line.name: source.linear(f"{block_prefix(layer)}.{line.name}") for line in LINEARS}
+    return source.float_block(layer), FakeQuantize(_inputs(linears), _cache_format(source, layer, cache))
+
+
+def simulate(
+    source: ModelSource,
+    ids: Sequence[int] | Int,
+    *,
+    forward: BlockForward | None = None,
+    taps: bool = True,
+    cache: str | None = None,
+) -> Trace:
+    """One window of T token ids through a source as it is stored (float or quantized).
+
+    The trace has the hidden state after every block f32[T, D], the logits f32[T, V] and, with `taps`, what every tap
+    saw. `forward` may be shared between windows of one source.
+    """
+    forward = forward or PaddleForward.of(source)
+    window = np.asarray(ids, np.int32)[None, :]
+    lengths = np.array([window.shape[1]], np.int32)
+    trace = Trace()
+    hidden = forward.embed(window)
+    for layer in range(source.config.num_layers):
+        weights, hook = quantized_block(source, layer, cache)
+        hook.record = {} if taps else None
+        forward.load(layer, weights)
+        hidden = forward.run(hidden, lengths, hook, (*hook.inputs, *_RECORDED))
+        trace.hidden.append(hidden[0].copy())
+        trace.taps |= {f"{block_prefix(layer)}.{name}": tap for name, tap in (hook.record or {}).items()}
+    head = FakeQuantize(_head_input(source), CacheFormat("float32"), {} if taps else None)
+    trace.logits = forward.head(hidden[0], head)
+    trace.taps |= head.record or {}
+    return trace
+
+
+_RECORDED = (*dict.fromkeys(line.tap for line in LINEARS), "k", "v")
+
+
+def _inputs(linears: Mapping[str, LinearWeight]) -> dict[str, InputFormat]:
+    """By tap where all its linears agree, else by linear."""
+    specs = {line.name: _input_format(linears[line.name]) for line in LINEARS}
+    found: dict[str, InputFormat] = {}
+    for tap in dict.fromkeys(line.tap for line in LINEARS):
+        names = [line.name for line in LINEARS if line.tap == tap]
+        alike = len({specs[name] for name in names}) == 1
+        for key, spec in {tap: specs[names[0]]}.items() if alike else ((n, specs[n]) for n in names):
+            if spec is not None:
+                found[key] = spec
+    return found
+
+
+def _input_format(linear: LinearWeight) -> InputFormat | None:
+    return None if linear.activations is None else InputFormat(linear.activations, linear.input_scale)
+
+
+def _head_input(source: ModelSource) -> dict[str, InputFormat]:
+    spec = _input_format(source.linear(HEAD_TAP))
+    return {} if spec is None else {HEAD_TAP: spec}
+
+
+def _cache_format(source: ModelSource, layer: int, override: str | None) -> CacheFormat:
+    scales = source.cache_scales(layer)
+    if scales is None:
+        return CacheFormat(override or stored_mode(source).cache)
+    assert source.quantization is not None
+    assert source.quantization.cache is not None
+    return CacheFormat(source.quantization.cache.format, *scales)
