@@ -22,6 +22,7 @@ CACHE_DB = 20.0
 INCREASE_NOTICEABLE, INCREASE_UNUSABLE = 0.05, 0.20
 SERVED_TOP1, SERVED_KL = 0.998, 1e-4  # served against simulated
 WORST_SHOWN = 5
+FOLDABLE_TAPS = ("attn_in", "mlp_in")  # a norm before them can take the factors of smoothing
 
 SEVERITIES = ("bad", "warn")
 
@@ -50,18 +51,21 @@ def outlier_input(variant: str, layer: LayerFacts) -> Finding | None:
         return None
     lost = layer.levels < LEVELS_LOST
     what = (
-        f"input of {layer.name} reaches {plain(layer.input_absmax, 4)} while 99.9 % of its values are below "
+        f"input of {layer.name} reaches {plain(layer.input_absmax)} while 99.9 % of its values are below "
         f"{plain(layer.input_p999, 2)}: they share {plain(layer.levels, 2)} of 127 steps"
     )
-    return Finding("bad" if lost else "warn", "outlier_input", variant, layer.name, what, _outlier_advice(layer))
+    return Finding(
+        "bad" if lost else "warn", "outlier_input", variant, layer.name, what, _outlier_advice(variant, layer)
+    )
 
 
-def _outlier_advice(layer: LayerFacts) -> tuple[str, ...]:
-    smooth = f"smooth {layer.tap}" if layer.tap else "smooth its input"
+def _outlier_advice(variant: str, layer: LayerFacts) -> tuple[str, ...]:
+    """Lines for the recipe. Smoothing is offered where it can be folded away: behind a norm."""
+    rule = f'rules: [{{match: "{layer.name}", variants: [{variant}]'
     return (
-        f'activations per token: rules: - {{match: "{layer.name}", activations: {{dynamic: true}}}}',
-        f'keep this layer float: rules: - {{match: "{layer.name}", mode: bf16}}',
-        f"{smooth}: transforms: - {{smooth: {{alpha: 0.5}}}}",
+        f"scales per token: {rule}, activations: {{dynamic: true}}}}]",
+        f"or leave it float: {rule}, mode: float}}]",
+        *(["or smooth it: transforms: [{smooth: {alpha: 0.5}}]"] if layer.tap in FOLDABLE_TAPS else []),
     )
 
 
@@ -73,10 +77,10 @@ def fp8_underflow(variant: str, layer: LayerFacts) -> Finding | None:
     if layer.input_absmax / layer.input_p999 < FP8_REACH:
         return None
     what = (
-        f"input of {layer.name} reaches {plain(layer.input_absmax, 4)}, {times(layer.input_absmax / layer.input_p999)} "
+        f"input of {layer.name} reaches {plain(layer.input_absmax)}, {times(layer.input_absmax / layer.input_p999)} "
         f"what 99.9 % of its values stay below: fp8 keeps fewer than 3 mantissa bits of them"
     )
-    return Finding("warn", "fp8_underflow", variant, layer.name, what, _outlier_advice(layer))
+    return Finding("warn", "fp8_underflow", variant, layer.name, what, _outlier_advice(variant, layer))
 
 
 _WEIGHT_ADVICE = {
@@ -108,7 +112,7 @@ def noisy_input(variant: str, layer: LayerFacts) -> Finding | None:
     if layer.levels is not None and layer.levels < LEVELS_FEW:
         return None
     what = f"input of {layer.name} keeps {decibel(layer.input_sqnr_db)}; {decibel(INPUT_DB)} is expected"
-    return Finding("warn", "noisy_input", variant, layer.name, what, _outlier_advice(layer))
+    return Finding("warn", "noisy_input", variant, layer.name, what, _outlier_advice(variant, layer))
 
 
 def silent_input(variant: str, layer: LayerFacts) -> Finding | None:
@@ -146,9 +150,9 @@ def accuracy_finding(variant: str, record: Mapping[str, Any], causes: int) -> Fi
     unusable = worst["increase"] >= INCREASE_UNUSABLE
     what = f"perplexity on {worst['data']} is {plain(worst['perplexity'], 4)}, {percent(worst['increase'], sign=True)}"
     advice = (
-        (f"see the {causes} inputs with outliers below, or activations: {{dynamic: true}} for all",)
+        (f"mend the {causes} inputs with outliers, or all at once: activations: {{dynamic: true}}",)
         if causes
-        else ("look at the layers with the lowest SQNR below, then keep them float by rule",)
+        else ("keep the layers with the lowest SQNR in float, or in 8 bits, by rule",)
     )
     return Finding("bad" if unusable else "warn", "perplexity", variant, None, what, advice)
 
@@ -159,8 +163,11 @@ def parity_findings(variant: str, record: Mapping[str, Any]) -> list[Finding]:
     if parity is None:
         return []
     said = []
-    if parity["codes_different"]:
-        said.append(f"{parity['codes_different']:,} of {parity['codes_compared']:,} codes differ on identical inputs")
+    if parity["codes_different"] or parity["scales_different"]:
+        said.append(
+            f"{parity['codes_different']:,} of {parity['codes_compared']:,} codes and {parity['scales_different']:,} "
+            "scales differ on identical inputs"
+        )
     if parity["first_departure"]:
         departure = parity["first_departure"]
         said.append(f"served departs from simulated at {departure['layer']}: {departure['why']}")

@@ -75,12 +75,14 @@ class Spread(_Record):
 
 class Prefill(_Record):
     tokens_per_s: Spread
+    speedup: Spread | None = None  # over the baseline, round by round; absent for the baseline itself
     gop_per_s: float | None = None
     share_of_ceiling: float | None = None
 
 
 class Decode(_Record):
     tokens_per_s: Spread
+    speedup: Spread | None = None
     ttft_ms: float | None = None
     itl_p50_ms: float | None = None
     itl_p95_ms: float | None = None
@@ -101,6 +103,7 @@ class Speed(_Record):
 
 
 class Throughput(_Record):
+    baseline: str | None = None
     machine: dict[str, Any] = Field(default_factory=dict)
     prompt: int
     output: int
@@ -124,6 +127,7 @@ class Departure(_Record):
 class VariantParity(_Record):
     codes_compared: int
     codes_different: int
+    scales_different: int = 0
     top1_served_simulated: float | None = None
     kl_served_simulated: float | None = None
     layers: list[LayerParity] = Field(default_factory=list)
@@ -164,12 +168,13 @@ class Plan(_Record):
 
 
 class Gate(_Record):
-    name: str  # "perplexity_increase", "decode_speedup", …
     variant: str
+    gate: str  # "perplexity_increase", "decode_speedup", …
     limit: float
-    value: float | None = None
+    value: float
+    interval: Interval | None = None
     passed: bool
-    why: str | None = None
+    sentence: str  # "a8w8: perplexity_increase +3.70% meets the limit of at most +5.00%"
 
 
 class Gates(_Record):

@@ -24,6 +24,8 @@ def percent(value: float | None, sign: bool = False) -> str:
         return NONE
     hundred = 100 * value
     decimals = 0 if abs(hundred) >= 100 else 1 if abs(hundred) >= 10 else 2
+    if 99.9 <= hundred < 100:  # never round an agreement up to the whole
+        decimals, hundred = 3, min(hundred, 99.999)
     return f"{hundred:{'+' if sign else ''},.{decimals}f} %"
 
 

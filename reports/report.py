@@ -36,7 +36,7 @@ def build_report(run: Run) -> dict[str, Any]:
     findings.sort(key=lambda f: advice.SEVERITIES.index(f.severity))
     report = {
         "schema": SCHEMA,
-        "run": {"name": run.name, "model": _model(run), "baseline": baseline},
+        "run": {"name": run.name, "path": run.path.as_posix(), "model": _model(run), "baseline": baseline},
         "conditions": _conditions(run),
         "verdict": {},
         "gates": [gate.model_dump() for gate in run.gates],
@@ -74,6 +74,8 @@ def _baseline(run: Run) -> str | None:
     """What deltas are against: accuracy.json says; without it, the first float variant that was timed."""
     if run.accuracy is not None:
         return run.accuracy.baseline
+    if run.throughput is not None and run.throughput.baseline is not None:
+        return run.throughput.baseline
     timed = run.throughput.variants if run.throughput else {}
     return next((name for name in ("fp32", "bf16", "fp16") if name in timed), None)
 

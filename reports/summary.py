@@ -134,7 +134,7 @@ def accuracy(run: Run, variant: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def speeds(speed: files.Speed | None, baseline: files.Speed | None) -> dict[str, Any]:
-    """Prefill and decode per batch, each with `speedup` = median tokens/s over the baseline's."""
+    """Prefill and decode per batch, each with its median `speedup` over the baseline and that one's `speedup_range`."""
     if speed is None:
         return {"load_s": None, "prefill": None, "decode": {}}
     prefill = _paced(speed.prefill, baseline.prefill if baseline else None)
@@ -148,8 +148,15 @@ def speeds(speed: files.Speed | None, baseline: files.Speed | None) -> dict[str,
 def _paced(measured: files.Prefill | files.Decode | None, base: files.Prefill | files.Decode | None) -> Any:
     if measured is None:
         return None
+    record = measured.model_dump()
+    if measured.speedup is not None:
+        return record | {
+            "speedup": measured.speedup.median,
+            "speedup_range": [measured.speedup.min, measured.speedup.max],
+        }
     reference = base.tokens_per_s.median if base else 0.0
-    return measured.model_dump() | {"speedup": measured.tokens_per_s.median / reference if reference > 0 else None}
+    speedup = measured.tokens_per_s.median / reference if reference > 0 else None
+    return record | {"speedup": speedup, "speedup_range": None}
 
 
 def parity(run: Run, variant: str) -> dict[str, Any] | None:

@@ -202,7 +202,8 @@ def _accuracy() -> dict[str, Any]:
         increase = value / BASE[0] - 1
         chosen: dict[str, Any] = {"accuracy": 0.4 - kl / 5}
         if name != "fp32":
-            score |= {"increase": increase, "increase_interval": [increase - 0.006, increase + 0.006]}
+            bounds = [increase - 0.006, increase + 0.006]
+            score |= {"increase": increase, "increase_interval": bounds}
             divergence[name] = {
                 "kl": kl, "kl_interval": [kl * 0.9, kl * 1.1], "top1": top1, "top1_interval": [top1 - 0.01, top1 + 0.01],
             }  # fmt: skip
@@ -287,19 +288,18 @@ def _gates() -> dict[str, Any]:
         if name in FLOATS:
             continue
         increase, speedup = value / BASE[0] - 1, decode / BASE[3]
-        gates.append(
-            {
-                "name": "perplexity_increase",
-                "variant": name,
-                "limit": 0.05,
-                "value": increase,
-                "passed": increase <= 0.05,
-            }
-        )
-        gates.append(
-            {"name": "decode_speedup", "variant": name, "limit": 1.2, "value": speedup, "passed": speedup >= 1.2}
-        )
+        gates.append(_gate(name, "perplexity_increase", increase, 0.05, increase <= 0.05))
+        gates.append(_gate(name, "decode_speedup", speedup, 1.2, speedup >= 1.2))
     return {"gates": gates}
+
+
+def _gate(variant: str, gate: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
+    bounds = [value - 0.006, value + 0.006]
+    told = f"{variant}: {gate} {value:.3f} {'meets' if passed else 'misses'} the limit of {limit:.3f}"
+    return {
+        "variant": variant, "gate": gate, "limit": limit, "value": value, "interval": bounds, "passed": passed,
+        "sentence": told,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
