@@ -84,10 +84,10 @@ def model_at(root: type[BaseModel], loc: Path) -> type[BaseModel] | None:
     for part in loc:
         if _is_model(found):
             field = found.model_fields.get(part)
-            found = _plain(field.annotation) if field else None
+            found = plain(field.annotation) if field else None
         else:  # an item of a list, a value of a mapping
             items = [a for a in typing.get_args(found) if a is not Ellipsis]
-            found = _plain(items[-1]) if items else None
+            found = plain(items[-1]) if items else None
     return found if _is_model(found) else None
 
 
@@ -95,7 +95,7 @@ def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _plain(kind: Any) -> Any:
+def plain(kind: Any) -> Any:
     """Without Annotated and `| None`."""
     while typing.get_origin(kind) in (typing.Annotated, typing.Union, types.UnionType):
         kind = next(a for a in typing.get_args(kind) if a is not type(None))

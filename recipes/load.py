@@ -14,6 +14,7 @@ from quantbench.recipes.checks import contradictions
 from quantbench.recipes.explain import explain
 from quantbench.recipes.overrides import apply_overrides
 from quantbench.recipes.schema import Recipe
+from quantbench.recipes.seal import take_seal
 from quantbench.recipes.source import Document, Path, parse
 
 
@@ -23,7 +24,9 @@ def load_recipe(path_or_text: str | FilePath, overrides: Sequence[str] = ()) -> 
     Raises RecipeError with one line per mistake: `recipe.yaml:12: weights.format: unknown key …`.
     """
     text, name, stem = _read(path_or_text)
-    return recipe_of(parse(text, name), overrides, stem)
+    document = parse(text, name)
+    take_seal(document)
+    return recipe_of(document, overrides, stem)
 
 
 def recipe_of(document: Document, overrides: Sequence[str], stem: str) -> Recipe:

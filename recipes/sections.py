@@ -31,7 +31,7 @@ GroupSize = Annotated[int, BeforeValidator(_group_size), Shown(", ".join(map(str
 class Section(BaseModel):
     """Base: unknown keys are refused, values are never changed after loading, "64" is not a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     key_kind: ClassVar[str] = "key"  # what an unknown key is called in a message
 
 
@@ -150,7 +150,9 @@ class Perplexity(Section):
     data: str = Field(
         default="demo:wikipedia-heldout", description="As calibration.data; never the calibration text itself."
     )
-    tokens: int = Field(default=4088, ge=2, description="Tokens read.")
+    tokens: int = Field(
+        default=4088, ge=2, description="Predictions made; a window of `context` tokens makes one less."
+    )
     context: int = Field(default=512, ge=2, description="Tokens per window; every window starts afresh.")
 
 
@@ -245,7 +247,7 @@ class GateSet(Section):
 
 
 class Gates(GateSet):
-    """`GateSet` for every quantized variant, and more for some by name."""
+    """Limits for every quantized variant, and for some by name; exit code 1 where one is not met."""
 
     variants: dict[str, GateSet] = Field(
         default={},

@@ -33,6 +33,12 @@ for _tag, _pattern, _first in (
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
 
 
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes exactly the texts which `Loader` would take for something else."""
+
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
 @dataclass(frozen=True)
 class Source:
     """Lines of a recipe's words. Never takes part in comparing recipes: where it stands is not what it asks."""

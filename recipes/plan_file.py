@@ -1,0 +1,106 @@
+"""plan.json, and the plan as rows for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from quantbench.errors import RecipeError
+from quantbench.recipes.forecast import Forecast
+from quantbench.recipes.plan import Plan
+from quantbench.vocabulary import CachePlan, LayerPlan, VariantPlan, parse_mode
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Layers of one variant that are treated alike. `layers` is a name with the block numbers folded: "0-10,12-29"."""
+
+    variant: str
+    layers: str
+    count: int
+    weights: str
+    activations: str
+    method: str
+    rule: str
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What plan.json holds."""
+    return {
+        "model": plan.model,
+        "variants": {
+            name: {
+                "mode": v.mode.name,
+                "dtype": v.dtype,
+                "cache": asdict(v.cache),
+                "transforms": [dict(t) for t in v.transforms],
+                "layers": {layer: asdict(p) for layer, p in v.layers.items()},
+            }
+            for name, v in plan.variants.items()
+        },
+        "forecast": asdict(plan.forecast),
+    }
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in a plan.json. Raises RecipeError where the file is absent or is no plan."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        variants = {name: _variant(name, v) for name, v in content["variants"].items()}
+        known = {f.name for f in fields(Forecast)}
+        return Plan(
+            content["model"], variants, Forecast(**{k: v for k, v in content["forecast"].items() if k in known})
+        )
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file. `quantbench plan` or `quantbench calibrate` writes it") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path}: not a plan of quantbench: {type(e).__name__}: {e}") from None
+
+
+def _variant(name: str, v: dict[str, Any]) -> VariantPlan:
+    layers = {layer: LayerPlan(**p) for layer, p in v["layers"].items()}
+    return VariantPlan(name, parse_mode(v["mode"]), v["dtype"], CachePlan(**v["cache"]), layers, tuple(v["transforms"]))
+
+
+def plan_rows(plan: Plan) -> list[PlanRow]:
+    """Every variant's layers, those that are treated alike in one row."""
+    return [row for v in plan.variants.values() for row in _variant_rows(v)]
+
+
+def _variant_rows(variant: VariantPlan) -> Iterator[PlanRow]:
+    alike: dict[tuple[str, str, str, str, str], list[str]] = {}
+    for p in variant.layers.values():
+        pattern = re.sub(r"\.\d+\.", ".{}.", p.name, count=1)
+        alike.setdefault((pattern, _weights(p), _activations(p), p.method, p.rule), []).append(p.name)
+    for (pattern, weights, activations, method, rule), names in alike.items():
+        blocks = [int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))]
+        layers = pattern.replace("{}", _ranges(blocks))
+        yield PlanRow(variant.name, layers, len(names), weights, activations, method, rule)
+
+
+def _weights(p: LayerPlan) -> str:
+    if not p.quantized:
+        return p.weights
+    size = f" {p.group_size}" if p.group_size else ""
+    return f"{p.weights} per {p.granularity}{size}{'' if p.symmetric else ', asymmetric'}"
+
+
+def _activations(p: LayerPlan) -> str:
+    if p.activations is None:
+        return "float"
+    return f"{p.activations} dynamic" if p.dynamic else f"{p.activations} static, {p.activation_observer}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], n]
+        else:
+            parts.append([n])
+    return ",".join("-".join(map(str, p)) for p in parts)
