@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantbench import __version__
+from quantbench.errors import DependencyError
 
 
 def describe_machine(threads: int | None = None) -> dict[str, Any]:
@@ -30,13 +32,22 @@ def describe_machine(threads: int | None = None) -> dict[str, Any]:
     }
 
 
-def chosen_isa() -> str:
-    """Instruction set of the kernels in use; "reference" where the native extension is not built."""
+def native_kernels() -> Any:
+    """The compiled extension. Raises DependencyError where it is not built."""
     try:
-        from quantbench import _kernels
-    except ImportError:
-        return "reference"
-    return str(_kernels.isa())
+        return importlib.import_module("quantbench._kernels")
+    except ImportError as error:
+        raise DependencyError(
+            f"the compiled kernels cannot be loaded ({error}); build them with `pip install .` (needs g++ and cmake)"
+        ) from error
+
+
+def chosen_isa() -> str:
+    """Instruction set of the kernels in use; "none" where the native extension is not built."""
+    try:
+        return str(native_kernels().isa())
+    except DependencyError:
+        return "none"
 
 
 def usable_cores() -> int:

@@ -1,0 +1,159 @@
+"""What a step must cost on this machine at least, what it did cost, and the sentence that explains the difference.
+
+Roofline (Williams et al. 2009): a step cannot be faster than its bytes through the measured read bandwidth, nor than
+its operations through the measured peak. The larger of the two times is the bound; the share of the ceiling is that
+time over the measured one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quantbench.infer.engine import Engine
+
+FASTER = 1.05  # below this a variant counts as not faster: runs differ by a few percent
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured peaks of this machine with the threads in use, in 1e9 per second."""
+
+    read_gb_per_s: float
+    float32_gop_per_s: float
+    int8_gop_per_s: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: bytes read and operations done. `float_operations` are all that are not int8 × int8."""
+
+    weight_bytes: int
+    head_bytes: int  # part of weight_bytes: the output head, and
+    cache_bytes: int
+    int8_operations: float
+    float_operations: float
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def operations(self) -> float:
+        return self.int8_operations + self.float_operations
+
+    def memory_s(self, c: Ceilings) -> float:
+        return self.bytes / (c.read_gb_per_s * 1e9)
+
+    def compute_s(self, c: Ceilings) -> float:
+        return (self.int8_operations / c.int8_gop_per_s + self.float_operations / c.float32_gop_per_s) / 1e9
+
+
+def step_work(engine: Engine, batch: int, context: int) -> Work:
+    """Of one decode step of `batch` sequences with `context` tokens each in the cache."""
+    weights, head, int8 = _linears(engine)
+    total = batch * engine.operations_per_token(context)
+    cache = round(batch * engine.bytes_per_token(batch, context)) - weights
+    return Work(weights, head, cache, batch * int8, total - batch * int8)
+
+
+def prefill_work(engine: Engine, tokens: int) -> Work:
+    """Of `tokens` prompt tokens in one pass; the head runs for the last one only."""
+    weights, head, int8 = _linears(engine)
+    head_operations = sum(2.0 * p.shape[0] * p.shape[1] for p in engine.runner.model.head.packed)
+    total = tokens * engine.operations_per_token(tokens // 2) - (tokens - 1) * head_operations
+    cache = round(engine.bytes_per_token(1, tokens // 2)) - weights
+    return Work(weights, head, cache, tokens * int8, total - tokens * int8)
+
+
+def _linears(engine: Engine) -> tuple[int, int, float]:
+    """Bytes of all linears, bytes of the head, and int8 × int8 operations of one token through the blocks."""
+    model = engine.runner.model
+    blocks = [g for layer in model.layers for g in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    int8 = 0.0
+    for group in blocks:
+        specs = group.part_specs or (group.spec,) * len(group.packed)
+        int8 += sum(
+            2.0 * p.shape[0] * p.shape[1] for p, s in zip(group.packed, specs, strict=True) if s.format == "int8"
+        )
+    head = sum(p.nbytes for p in model.head.packed)
+    return head + sum(p.nbytes for group in blocks for p in group.packed), head, int8
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """One step against the ceilings. `cpu_s`: seconds of all threads together."""
+
+    name: str
+    seconds: float
+    cpu_s: float
+    threads: int
+    work: Work
+    ceilings: Ceilings
+
+    @property
+    def bound(self) -> str:
+        return "memory" if self.work.memory_s(self.ceilings) >= self.work.compute_s(self.ceilings) else "compute"
+
+    @property
+    def floor_s(self) -> float:
+        """The least time the ceilings allow."""
+        return max(self.work.memory_s(self.ceilings), self.work.compute_s(self.ceilings))
+
+    @property
+    def share(self) -> float:
+        return self.floor_s / self.seconds
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "gb_per_s": self.work.bytes / self.seconds / 1e9,
+            "gop_per_s": self.work.operations / self.seconds / 1e9,
+            "share_of_ceiling": self.share,
+            "bound": self.bound,
+        }
+
+
+def why(this: Achieved, base: Achieved | None = None) -> str:
+    """One sentence: how near the ceiling the step is, and against `base` where its speed came from or went to."""
+    parts = [_against_ceiling(this)]
+    if base is not None:
+        speedup = base.seconds / this.seconds
+        parts.append(_gain(this, base, speedup) if speedup >= FASTER else _no_gain(this, base, speedup))
+    return "; ".join(parts)
+
+
+def _against_ceiling(a: Achieved) -> str:
+    if a.bound == "memory":
+        rate = a.work.bytes / a.seconds / 1e9
+        return f"reads {a.work.bytes / 1e6:.3g} MB per step at {rate:.3g} GB/s, {a.share:.0%} of the read ceiling"
+    rate = a.work.operations / a.seconds / 1e9
+    return f"does {a.work.operations / 1e9:.3g} GOP per step at {rate:.3g} GOP/s, {a.share:.0%} of the compute ceiling"
+
+
+def _gain(this: Achieved, base: Achieved, speedup: float) -> str:
+    """Speedup = (least time of the baseline / of this) × (share reached by this / by the baseline)."""
+    least = base.floor_s / this.floor_s
+    return (
+        f"{speedup:.2f}x {base.name}: the ceilings allow {least:.2f}x, and {this.share:.0%} of them is reached "
+        f"where {base.name} reaches {base.share:.0%}"
+    )
+
+
+def _no_gain(this: Achieved, base: Achieved, speedup: float) -> str:
+    start = f"not faster than {base.name} ({speedup:.2f}x) because "
+    least = base.floor_s / this.floor_s
+    if least < FASTER and this.bound == "memory":
+        head = this.work.head_bytes / this.work.bytes
+        return (
+            start + f"it reads as many bytes ({this.work.bytes / base.work.bytes:.0%}; {head:.0%} are the output head)"
+        )
+    if least < FASTER:
+        return (
+            start + "its products take as many float operations: quantized weights are decoded, not multiplied in int8"
+        )
+    lost = (this.seconds - this.floor_s) * 1e3
+    busy = this.cpu_s / this.seconds
+    return start + (
+        f"{lost:.3g} of its {this.seconds * 1e3:.3g} ms per step are spent outside the {this.bound} ceiling, in "
+        f"decoding, quantizing and per-operation overhead (on average {busy:.1f} of {this.threads} threads are busy)"
+    )
