@@ -142,7 +142,7 @@ def _observed(block: Block, table: ScaleTable, reobserve: Reobserve | None) -> d
     if reobserve is None:
         raise CalibrationError(
             f"{block.prefix}: {', '.join(sorted(again))} must be observed again behind the transforms, because only "
-            "the absmax observer follows from what was seen before; use observer absmax, or allow a second look at the data"
+            "the absmax observer follows from what was seen before; use absmax, or allow a second look at the data"
         )
     return seen | reobserve(again)
 
@@ -257,9 +257,8 @@ def _tap(seen: Mapping[str, Statistics], tap: str, block: Block) -> Statistics:
 
 
 def _reason(observer: str, s: Statistics) -> str:
-    return (
-        f"{observer} over {s.batches} batches, {s.tokens} tokens" if s.batches else f"{observer} over {s.tokens} tokens"
-    )
+    batches = "1 batch, " if s.batches == 1 else f"{s.batches} batches, " if s.batches else ""
+    return f"{observer} over {batches}{s.tokens} tokens"
 
 
 def _short(plans: Sequence[LayerPlan]) -> str:

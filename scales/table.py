@@ -22,6 +22,7 @@ from safetensors.numpy import save as serialize_arrays
 from quantbench.errors import CheckpointError
 from quantbench.scales.arrays import F32, I32, Array
 
+DIVISORS = {"int8": 127.0, "int4": 7.5, "fp8_e4m3": 448.0}  # symmetric scale = absmax / divisor
 KINDS = ("weight", "input", "cache", "transform")
 _TEXT = ("kind", "format", "granularity", "observer", "reason", "loss", "group_size")
 

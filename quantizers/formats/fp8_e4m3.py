@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from quantbench.quantizers.formats.format import FORMATS, Format
+from quantbench.scales.table import DIVISORS
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-FP8_E4M3 = FORMATS.add("fp8_e4m3", Format("fp8_e4m3", 8, -448, 448.0, 448.0, E4M3, E4M3))
+FP8_E4M3 = FORMATS.add("fp8_e4m3", Format("fp8_e4m3", 8, -448, 448.0, DIVISORS["fp8_e4m3"], E4M3, E4M3))

@@ -9,5 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from quantbench.quantizers.formats.format import FORMATS, Format
+from quantbench.scales.table import DIVISORS
 
-INT4 = FORMATS.add("int4", Format("int4", 4, -8, 7.0, 7.5, np.dtype(np.int8), np.dtype(np.int32)))
+INT4 = FORMATS.add("int4", Format("int4", 4, -8, 7.0, DIVISORS["int4"], np.dtype(np.int8), np.dtype(np.int32)))

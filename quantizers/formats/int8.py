@@ -5,5 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from quantbench.quantizers.formats.format import FORMATS, Format
+from quantbench.scales.table import DIVISORS
 
-INT8 = FORMATS.add("int8", Format("int8", 8, -127, 127.0, 127.0, np.dtype(np.int8), np.dtype(np.int8)))
+INT8 = FORMATS.add("int8", Format("int8", 8, -127, 127.0, DIVISORS["int8"], np.dtype(np.int8), np.dtype(np.int8)))
