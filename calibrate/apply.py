@@ -1,7 +1,7 @@
 """Carry out what the scale table says on one block, and hand the checkpoint writer its tensors.
 
 Nothing is decided here: transforms are folded with the table's factors, weights become codes under the table's scales.
-Names and layouts are those of compressed-tensors (docs/numerics.md has the list).
+Names and layouts are those of compressed-tensors: infer/checkpoint/tensors.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import ml_dtypes
 import numpy as np
 
 from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.tensors import cache_tensors, linear_tensors
 from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
 from quantbench.quantizers.finite import require_finite
 from quantbench.quantizers.methods import METHODS
-from quantbench.quantizers.pack import pack_int32
 from quantbench.quantizers.smooth import fold_into_inputs, fold_into_norm, fold_into_outputs, repeat_heads
-from quantbench.quantizers.weight import QuantizedWeight
 from quantbench.scales.arrays import F32, Array
 from quantbench.scales.statistics import Statistics, scaled
 from quantbench.scales.table import ScaleTable
@@ -28,7 +27,6 @@ STORAGE: dict[str, np.dtype[np.generic]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-_CACHE_NAMES = {"k_cache": "k_scale", "v_cache": "v_scale"}
 
 
 def apply_block(
@@ -53,42 +51,29 @@ def apply_block(
     for name, value in folded.items():
         if name in quantized:
             line = quantized[name]
-            result |= linear_tensors(_plan(variant, prefix, line.name), value, table, seen.get(line.tap))
+            result |= _quantized(_plan(variant, prefix, line.name), value, table, seen.get(line.tap))
         else:
             result[f"{prefix}.{name}"] = _stored(f"{prefix}.{name}", value, variant.dtype)
     if variant.cache.quantized:
-        for entry, stored in _CACHE_NAMES.items():
-            scale = table[f"{prefix}.self_attn.{entry}"].scale
-            result[f"{prefix}.self_attn.{stored}"] = scale.reshape(-1, 1, 1)
+        result |= _cache_scales(prefix, table)
     return result
 
 
-def linear_tensors(plan: LayerPlan, w: F32, table: ScaleTable, seen: Statistics | None) -> dict[str, Array]:
-    """The checkpoint's tensors of one quantized linear: codes, scales, and the static input scale if there is one."""
+def _quantized(plan: LayerPlan, w: F32, table: ScaleTable, seen: Statistics | None) -> dict[str, Array]:
+    """The checkpoint's tensors of one quantized linear, by full name."""
     method = METHODS[plan.method]
     if method.needs_hessian and (seen is None or seen.hessian is None):
-        raise CalibrationError(
-            f"{plan.name}: method {plan.method} needs the Hessian of its input, which was not collected"
-        )
-    tensors = compressed_tensors(method.quantize(w, table[f"{plan.name}.weight"], seen), plan)
-    if plan.activations is not None and not plan.dynamic:
-        tensors["input_scale"] = table[f"{plan.name}.input"].scale
-    return {f"{plan.name}.{part}": value for part, value in tensors.items()}
+        raise CalibrationError(f"{plan.name}: method {plan.method} needs the Hessian of its input: collect it")
+    static = plan.activations is not None and not plan.dynamic
+    input_scale = float(table[f"{plan.name}.input"].scale[0]) if static else None
+    parts = linear_tensors(plan, method.quantize(w, table[f"{plan.name}.weight"], seen), input_scale)
+    return {f"{plan.name}.{part}": value for part, value in parts.items()}
 
 
-def compressed_tensors(q: QuantizedWeight, plan: LayerPlan) -> dict[str, Array]:
-    """Parts of one linear by compressed-tensors' names. Weight-only integers are packed (format pack-quantized)."""
-    if q.format == "fp8_e4m3" or (q.format == "int8" and plan.activations is not None):
-        return {"weight": q.codes, "weight_scale": q.scale}
-    bits = 4 if q.format == "int4" else 8
-    parts: dict[str, Array] = {
-        "weight_packed": pack_int32(q.codes, bits),
-        "weight_scale": q.scale,
-        "weight_shape": np.array(q.codes.shape, np.int64),
-    }
-    if q.zero is not None:  # packed along the outputs, unlike the codes
-        parts["weight_zero_point"] = np.ascontiguousarray(pack_int32(q.zero.T.astype(np.int8), bits).T)
-    return parts
+def _cache_scales(prefix: str, table: ScaleTable) -> dict[str, Array]:
+    """k_scale and v_scale [KV, 1, 1] by full name."""
+    k, v = (table[f"{prefix}.self_attn.{part}"].scale for part in ("k_cache", "v_cache"))
+    return {f"{prefix}.{name}": scale for name, scale in cache_tensors(k, v).items()}
 
 
 def fold_block(layer: int, weights: Mapping[str, F32], table: ScaleTable, config: ModelConfig) -> dict[str, F32]:

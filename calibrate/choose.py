@@ -178,6 +178,25 @@ def _inputs(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
             yield dynamic_input(plan) if plan.dynamic or shared is None else static_input(plan, shared, static)
 
 
+def choose_head(weight: F32, variant: VariantPlan, statistics: Statistics | None = None) -> ScaleTable:
+    """The entries of a quantized lm_head [V, D]; empty where the plan leaves it float.
+
+    `statistics` are of its input (the final norm's output), needed for a static input scale: CalibrationError without.
+    """
+    table = ScaleTable()
+    plan = variant.layers.get("lm_head")
+    if plan is None or not plan.quantized:
+        return table
+    table.add(weight_entry(weight, plan))
+    if plan.activations and plan.dynamic:
+        table.add(dynamic_input(plan))
+    elif plan.activations and statistics is not None:
+        table.add(static_input(plan, input_range([plan], statistics), [plan]))
+    elif plan.activations:
+        raise CalibrationError("lm_head: a static input scale needs statistics of its input; use dynamic: true there")
+    return table
+
+
 @dataclass(frozen=True)
 class InputRange:
     """The range of one tap as its fused group shares it."""
@@ -226,8 +245,6 @@ def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
     for tap in ("k", "v"):
         statistics = _tap(seen, tap, block)
         absmax = range_of(statistics, cache.observer, record.qmax)
-        if cache.granularity == "tensor":
-            absmax = np.full_like(absmax, absmax.max())
         yield Entry(
             name=f"{block.prefix}.self_attn.{tap}_cache",
             kind="cache",
@@ -238,7 +255,7 @@ def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
             absmax=absmax,
             group_size=None,
             observer=cache.observer,
-            reason=_reason(cache.observer, statistics) + f", one range per {cache.granularity}",
+            reason=_reason(cache.observer, statistics) + ", one range per KV head",
             loss=histogram_loss(statistics, absmax, record.qmax),
         )
 
