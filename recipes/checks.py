@@ -135,6 +135,14 @@ def _windows(recipe: Recipe) -> Iterator[tuple[Path, str]]:
             yield ("accuracy", "perplexity", i, "context"), f"{why}. Lower context or raise tokens"
 
 
+def _baseline_name(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """The report's baseline column has its mode's name."""
+    baseline = recipe.accuracy.baseline
+    for i, v in enumerate(recipe.modes):
+        if v.name == baseline and v.mode != baseline:
+            yield ("modes", i, "name"), f"{baseline!r} is the name of the baseline (accuracy.baseline); choose another"
+
+
 _CHECKS: tuple[tuple[Check, frozenset[str]], ...] = (
     (_weights_fit, frozenset({"modes", "weights"})),
     (_variant_words_used, frozenset({"modes"})),
@@ -143,5 +151,6 @@ _CHECKS: tuple[tuple[Check, frozenset[str]], ...] = (
     (_rule_does_something, frozenset({"rules"})),
     (_gate_variants, frozenset({"modes", "gates"})),
     (_gates_measured, frozenset({"gates", "accuracy", "throughput", "parity"})),
+    (_baseline_name, frozenset({"modes", "accuracy"})),
     (_windows, frozenset({"accuracy"})),
 )

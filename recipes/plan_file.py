@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from quantbench.errors import RecipeError
 from quantbench.recipes.forecast import Forecast
 from quantbench.recipes.plan import Plan
@@ -69,6 +72,28 @@ def _variant(name: str, v: dict[str, Any]) -> VariantPlan:
 def plan_rows(plan: Plan) -> list[PlanRow]:
     """Every variant's layers, those that are treated alike in one row."""
     return [row for v in plan.variants.values() for row in _variant_rows(v)]
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Every decision and the forecast, for people."""
+    console = console or Console()
+    for v in plan.variants.values():
+        transforms = ", ".join(f"{k} {s}" for t in v.transforms for k, s in t.items()) or "none"
+        title = f"{v.name}: {v.mode.name}, floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}"
+        table = Table("layers", "count", "weights", "inputs", "method", "decided by", title=title, title_justify="left")
+        for row in _variant_rows(v):
+            table.add_row(row.layers, str(row.count), row.weights, row.activations, row.method, row.rule)
+        console.print(table)
+        console.print(f"checkpoint {_size(plan.forecast.checkpoint_bytes[v.name])}\n")
+    f = plan.forecast
+    where = "on disk" if f.spilled else "in memory"
+    console.print(f"memory about {_size(f.memory_bytes)}, hidden states {where}; disk {_size(f.disk_bytes)}")
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in f.seconds_of.items())
+    console.print(f"time about {f.seconds:.0f} s ({stages}), on two cores of a recent CPU")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _variant_rows(variant: VariantPlan) -> Iterator[PlanRow]:

@@ -44,11 +44,9 @@ def decide(recipe: Recipe, variant: Variant, layer: str, dtype: str) -> Choice:
     rule = None if index is None else recipe.rules[index]
     name = "default" if rule is None else f"rules[{index}] {rule.match}"
     mode = _mode(variant, rule, layer)
-    if mode is None:
+    if mode is None or mode.weights in FLOAT_DTYPES:  # one file has one float dtype, whichever float mode a rule names
         why = "default: lm_head stays float" if rule is None and layer == HEAD else name
         return Choice(index, LayerPlan(layer, weights=dtype, rule=why))
-    if mode.weights in FLOAT_DTYPES:
-        return Choice(index, LayerPlan(layer, weights=mode.weights, rule=name))
     return Choice(index, _quantized(recipe, variant, rule, LayerPlan(layer, weights=mode.weights, rule=name), mode))
 
 

@@ -99,7 +99,10 @@ class Rule(Section):
     """A decision about the layers whose full name matches a glob. The first rule that matches a layer wins."""
 
     match: str = Field(min_length=1, description='Glob over full layer names: "*.layers.11.mlp.down_proj". Required.')
-    mode: RuleMode | None = Field(default=None, description="The mode of these layers; float leaves them as they are.")
+    mode: RuleMode | None = Field(
+        default=None,
+        description="The mode of these layers; float (or any float mode) leaves them in the checkpoint's float dtype.",
+    )
     weights: WeightsPatch | None = Field(default=None, description="Changes to `weights` for these layers.")
     activations: ActivationsPatch | None = Field(default=None, description="Changes to `activations` for these layers.")
     method: Method | None = Field(default=None, description="Replaces `method` for these layers.")

@@ -40,12 +40,22 @@ class Dumper(yaml.SafeDumper):
 
 
 @dataclass(frozen=True)
+class Seal:
+    """What a locked recipe was run with: sha256 of model and calibration tokens, versions of the libraries."""
+
+    model_sha256: str
+    data_sha256: str
+    versions: dict[str, str]
+
+
+@dataclass
 class Source:
     """Lines of a recipe's words. Never takes part in comparing recipes: where it stands is not what it asks."""
 
     name: str = field(default="recipe", compare=False)
     lines: dict[Path, int] = field(default_factory=dict, compare=False)
     overrides: dict[Path, str] = field(default_factory=dict, compare=False)  # path -> the `--set` that wrote it
+    seal: Seal | None = field(default=None, compare=False)  # of a recipe that was read from a lock
 
     def where(self, path: Path) -> str:
         """`recipe.yaml:12`, or the `--set` option, of the nearest word at or above `path`."""

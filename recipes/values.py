@@ -63,18 +63,17 @@ def byte_count(value: Any) -> Any:
 
 
 def observer(value: Any) -> Any:
-    """A word of OBSERVERS, `{percentile: 99.9}` (kept as "percentile:99.9"), or "paddleslim:<name>"."""
+    """A word of OBSERVERS, `{percentile: 99.9}` (kept as "percentile=99.9"), or "paddleslim:<name>"."""
     if isinstance(value, dict):
         if len(value) != 1 or "percentile" not in value:
             raise ValueError("only `{percentile: 99.99}` takes a number; the others are plain words")
-        value = f"percentile:{value['percentile']}"
+        value = f"percentile={value['percentile']}"
     if not isinstance(value, str):
         return value
-    word, _, rest = value.partition(":")
-    if word == "percentile" and rest:
-        return f"percentile:{_percentile(rest)}"
-    if word == "paddleslim":
-        if not re.fullmatch(r"[A-Za-z0-9_]+", rest):
+    if value.startswith("percentile="):
+        return f"percentile={_percentile(value.removeprefix('percentile='))}"
+    if value.startswith("paddleslim:"):
+        if not re.fullmatch(r"paddleslim:[A-Za-z0-9_]+", value):
             raise ValueError(f"{value!r} lacks PaddleSlim's observer. Write for example paddleslim:hist")
         return value
     if value not in OBSERVERS:
