@@ -14,7 +14,7 @@ from quantbench.recipes.checks import contradictions
 from quantbench.recipes.explain import explain
 from quantbench.recipes.overrides import apply_overrides
 from quantbench.recipes.schema import Recipe
-from quantbench.recipes.seal import take_seal
+from quantbench.recipes.seal import KEY, take_seal
 from quantbench.recipes.source import Document, Path, parse
 
 
@@ -25,7 +25,9 @@ def load_recipe(path_or_text: str | FilePath, overrides: Sequence[str] = ()) -> 
     """
     text, name, stem = _read(path_or_text)
     document = parse(text, name)
-    take_seal(document)
+    document.source.seal, problem = take_seal(document.tree)
+    if problem:
+        document.problems.append(document.source.problem((KEY,), problem))
     return recipe_of(document, overrides, stem)
 
 

@@ -5,13 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from quantbench.recipes.source import Document, Seal
-
 KEY = "lock"
-_TYPES = {"recipe_sha256": str, "model_sha256": str, "data_sha256": str, "versions": dict}
+_TYPES = {"recipe_sha256": str, "model_sha256": str, "data_sha256": dict, "versions": dict}
+
+
+@dataclass(frozen=True)
+class Seal:
+    """sha256 of the model and of the tokens of every text (by its name in the recipe), and versions of libraries."""
+
+    model_sha256: str
+    data_sha256: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def changed_inputs(self, now: Seal) -> list[str]:
+        """How the model and the texts differ, one line each."""
+        model = [("sha256 of the model", self.model_sha256, now.model_sha256)]
+        return _differences(model + _pairs("sha256 of {}", self.data_sha256, now.data_sha256))
+
+    def changed_versions(self, now: Seal) -> list[str]:
+        """How the libraries differ, one line each."""
+        return _differences(_pairs("version of {}", self.versions, now.versions))
+
+
+def _pairs(kind: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    names = sorted(then.keys() | now.keys())
+    return [(kind.format(name), then.get(name, "absent"), now.get(name, "absent")) for name in names]
+
+
+def _differences(pairs: list[tuple[str, str, str]]) -> list[str]:
+    return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
 
 
 def section_of(seal: Seal, words: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,22 +44,22 @@ def section_of(seal: Seal, words: Mapping[str, Any]) -> dict[str, Any]:
     return {"recipe_sha256": _digest(words), **asdict(seal)}
 
 
-def take_seal(document: Document) -> None:
-    """Move the `lock:` section of a document, if it has one, to its source.
+def take_seal(tree: dict[str, Any]) -> tuple[Seal | None, str | None]:
+    """Remove the `lock:` section of a parsed recipe and return it, with what is wrong about it.
 
-    A section that is not one of ours, or that no longer fits the words beside it, joins `document.problems`.
+    Wrong is a section that is not one of ours, or that no longer fits the words beside it.
     """
-    if KEY not in document.tree:
-        return
-    section = document.tree.pop(KEY)
+    if KEY not in tree:
+        return None, None
+    section = tree.pop(KEY)
     if not isinstance(section, dict) or {k: type(v) for k, v in section.items()} != _TYPES:
-        why = f"not a lock of quantbench, which holds {', '.join(_TYPES)}"
-        document.problems.append(document.source.problem((KEY,), why))
-        return
-    if section.pop("recipe_sha256") != _digest(document.tree):
-        why = "the recipe was edited after it was locked. Remove the `lock:` section to use it as a recipe of its own"
-        document.problems.append(document.source.problem((KEY, "recipe_sha256"), why))
-    document.source.seal = Seal(**section)
+        return None, f"not a lock of quantbench, which holds {', '.join(_TYPES)}"
+    problem = None
+    if section.pop("recipe_sha256") != _digest(tree):
+        problem = (
+            "the recipe was edited after it was locked. Remove the `lock:` section to use it as a recipe of its own"
+        )
+    return Seal(**section), problem
 
 
 def _digest(words: Mapping[str, Any]) -> str:

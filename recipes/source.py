@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from quantbench.recipes.seal import Seal
+
 Path = tuple[str | int, ...]  # ("rules", 0, "match")
 
 
@@ -37,15 +39,6 @@ class Dumper(yaml.SafeDumper):
     """SafeDumper that quotes exactly the texts which `Loader` would take for something else."""
 
     yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What a locked recipe was run with: sha256 of model and calibration tokens, versions of the libraries."""
-
-    model_sha256: str
-    data_sha256: str
-    versions: dict[str, str]
 
 
 @dataclass
