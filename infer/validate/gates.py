@@ -33,7 +33,7 @@ class Measured:
     accuracy: Json | None
     throughput: Json | None
     parity: Json | None
-    sizes: Mapping[str, int] | None  # checkpoint bytes per variant, the baseline's among them
+    sizes: Mapping[str, int] | None
 
     @property
     def baseline(self) -> str | None:
@@ -101,10 +101,11 @@ def _prefill_speedup(measured: Measured, variant: str) -> Reading | None:
 
 
 def _checkpoint_ratio(measured: Measured, variant: str) -> Reading | None:
-    sizes, baseline = measured.sizes or {}, measured.baseline
-    if baseline is None or variant not in sizes or baseline not in sizes:
-        return None
-    return Reading(sizes[variant] / sizes[baseline])
+    """Against the float model's size: the one that was given, else what the baseline was seen to take."""
+    baseline, sizes = measured.baseline or "", measured.sizes or {}
+    seen = (measured.throughput or {}).get("variants", {}).get(baseline, {}).get("checkpoint_bytes")
+    whole = sizes.get(baseline, seen)
+    return Reading(sizes[variant] / whole) if whole and variant in sizes else None
 
 
 def _parity(key: str) -> Reader:
@@ -129,25 +130,33 @@ GATES: dict[str, Gate] = {
 }
 
 
-def evaluate_gates(gates: Mapping[str, Mapping[str, float]], measured: Measured) -> list[GateResult]:
+def evaluate_gates(
+    gates: Mapping[str, Mapping[str, float]],
+    accuracy: Json | None = None,
+    throughput: Json | None = None,
+    parity: Json | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> list[GateResult]:
     """Judge every gate of every variant; `gates` is variant -> {gate: limit}, fractions for percentages.
 
-    Raises RecipeError listing at once the unknown gates and those whose value was not measured.
+    The other arguments are the contents of the three JSON files (None: that stage did not run) and the checkpoint
+    bytes of every variant. The baseline is held against nothing. Raises RecipeError listing at once the unknown gates
+    and those whose value was not measured.
     """
+    measured = Measured(accuracy, throughput, parity, sizes)
     problems, results = [], []
-    for variant, limits in gates.items():
-        for name, limit in limits.items():
-            if name not in GATES:
-                problems.append(f"gates: {unknown('gate', name, GATES)}")
-                continue
+    for variant, name, limit in ((v, n, x) for v, limits in gates.items() for n, x in limits.items()):
+        if name not in GATES:
+            problems.append(f"gates: {unknown('gate', name, GATES)}")
+        elif variant != measured.baseline:
             reading = GATES[name].read(measured, variant)
             if reading is None:
                 problems.append(
                     f"gates: {name} of {variant} was not measured; it needs {GATES[name].needs} for {variant} "
                     "and the baseline. Measure it or remove the gate"
                 )
-                continue
-            results.append(_judge(variant, name, limit, reading))
+            else:
+                results.append(_judge(variant, name, limit, reading))
     if problems:
         raise RecipeError(*problems)
     return results

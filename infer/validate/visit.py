@@ -19,6 +19,7 @@ import quantbench
 from quantbench import errors
 from quantbench.errors import QuantbenchError
 from quantbench.infer.engine import Engine
+from quantbench.infer.engine.mode import resolve_mode
 from quantbench.infer.validate.ceilings import measure_ceilings
 from quantbench.infer.validate.machine import usable_cores
 from quantbench.infer.validate.roofline import Ceilings, Work
@@ -103,7 +104,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     times = time_engine(engine, load)
     found = Visit(
         load_s=engine.load_seconds,
-        checkpoint_bytes=stored_bytes(engine.source.path),
+        checkpoint_bytes=checkpoint_bytes(engine, spec.mode),
         peak_rss_bytes=peak_rss_bytes(),
         threads=spec.threads or usable_cores(),
         times=times,
@@ -112,8 +113,12 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     return asdict(found)
 
 
-def stored_bytes(path: Path) -> int:
-    """Bytes of the weights on disk: of the file, or of all .safetensors of the directory."""
+def checkpoint_bytes(engine: Engine, mode: str | None) -> int:
+    """Bytes on disk of the file or of all .safetensors of the directory; of a model that was converted at load, what
+    it takes in memory: a checkpoint in that mode would hold the same tensors."""
+    if resolve_mode(engine.source, mode)[1]:
+        return engine.memory["weights_bytes"]
+    path = engine.source.path
     return sum(f.stat().st_size for f in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 

@@ -1,5 +1,6 @@
 """Statistics against small exact scorers (a function from ids to logits); the real engine is in test_served.py."""
 
+import itertools
 import json
 import shutil
 from collections import namedtuple
@@ -31,7 +32,7 @@ def bigram(seed, noise=0.0):
     return Bigram(table + noise * np.random.default_rng(seed).normal(size=table.shape))
 
 
-@pytest.fixture()
+@pytest.fixture
 def ids():
     return np.random.default_rng(5).integers(0, VOCAB, size=1000).astype(np.int32)
 
@@ -87,7 +88,7 @@ def test_numbers_equal_a_slow_plain_computation(tmp_path, ids):
     lp = [
         m.table.astype(np.float64) - np.logaddexp.reduce(m.table.astype(np.float64), 1)[:, None] for m in (base, other)
     ]
-    pairs = [(a, b) for w in data.windows for a, b in zip(w[:-1], w[1:], strict=True)]
+    pairs = [(a, b) for w in data.windows for a, b in itertools.pairwise(w)]
     nll = [-np.mean([table[a, b] for a, b in pairs]) for table in lp]
     kl = np.mean([(np.exp(lp[0][a]) * (lp[0][a] - lp[1][a])).sum() for a, _ in pairs])
     agree = np.mean([lp[0][a].argmax() == lp[1][a].argmax() for a, _ in pairs])
