@@ -35,13 +35,18 @@ def tensor_problems(
     extra = sorted(name for name in stored - set(shapes) if not harmless(name, tied))
     problems += [f"tensor {name} is not part of this architecture" for name in extra]
     for name in sorted(stored & set(shapes)):
-        if store.shape(name) != tuple(shapes[name]):
+        if not _same_shape(store.shape(name), tuple(shapes[name])):
             problems.append(f"tensor {name} has shape {list(store.shape(name))}, expected {list(shapes[name])}")
         allowed = dtypes.get(name, FLOATS)
         if store.dtype(name) not in allowed:
             known = ", ".join(sorted(d.name for d in allowed))
             problems.append(f"tensor {name} is {store.dtype(name).name}; allowed: {known}")
     return problems
+
+
+def _same_shape(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal; a single number may be stored as [1] or as a scalar."""
+    return stored == expected or {stored, expected} <= {(), (1,)}
 
 
 def shown(where: object, problems: list[str]) -> list[str]:

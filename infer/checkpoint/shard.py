@@ -8,7 +8,6 @@ ends with the array (so that the resident memory of a pass over the model is one
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,6 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from safetensors import serialize
 
 from quantbench.errors import ModelError, QuantbenchError
 
@@ -133,21 +131,21 @@ class ShardedStore:
 
     def __init__(self, directory: Path, error: type[QuantbenchError] = ModelError) -> None:
         self.files, indexed = _shard_files(directory, error)
-        self._tensors: dict[str, StoredTensor] = {}
-        problems: list[str] = []
-        for file in self.files:
-            try:
-                self._tensors |= read_shard(file, error)
-            except error as bad:
-                problems += bad.problems
-        if not problems:
-            problems = [
-                f"{directory / file}: {name} is listed by the index but not there"
-                for name, file in indexed.items()
-                if name not in self._tensors or self._tensors[name].file.name != file
-            ]
-        if problems:
-            raise error(*problems)
+        self._tensors = _merged(self.files, error)
+        lost = [
+            f"{directory / file}: {name} is listed by the index but not there"
+            for name, file in indexed.items()
+            if name not in self._tensors or self._tensors[name].file.name != file
+        ]
+        if lost:
+            raise error(*lost)
+
+    @classmethod
+    def of_files(cls, files: list[Path], error: type[QuantbenchError] = ModelError) -> ShardedStore:
+        """The tensors of some shards, whatever any index says."""
+        store = cls.__new__(cls)
+        store.files, store._tensors = files, _merged(files, error)
+        return store
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -163,6 +161,19 @@ class ShardedStore:
 
     def file_of(self, name: str) -> Path:
         return self._tensors[name].file
+
+
+def _merged(files: list[Path], error: type[QuantbenchError]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            tensors |= read_shard(file, error)
+        except error as bad:
+            problems += bad.problems
+    if problems:
+        raise error(*problems)
+    return tensors
 
 
 def _shard_files(directory: Path, error: type[QuantbenchError]) -> tuple[list[Path], dict[str, str]]:
@@ -181,19 +192,3 @@ def _shard_files(directory: Path, error: type[QuantbenchError]) -> tuple[list[Pa
     if absent:
         raise error(*absent)
     return files, indexed
-
-
-_SPELLED = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-
-
-def shard_bytes(tensors: Mapping[str, Array]) -> bytes:
-    """A safetensors file of `tensors`, as bytes; the same tensors always give the same bytes."""
-    spelled = {dtype: _SPELLED[code] for code, dtype in DTYPES.items()}
-    data = {
-        name: {"dtype": spelled[array.dtype], "shape": list(array.shape), "data": np.ascontiguousarray(array).tobytes()}
-        for name, array in sorted(tensors.items())
-    }
-    return serialize(data, {"format": "pt"})

@@ -94,7 +94,7 @@ class ModelSource:
         if self.quantization and name in self.quantization.layers:
             from quantbench.infer.checkpoint.quantized import read_linear
 
-            return read_linear(self.store, self.quantization.layers[name], self._bias(name))
+            return read_linear(self, name, self._bias(name))
         tied = name == "lm_head" and self.config.tie_word_embeddings
         return LinearWeight(name, self.read(EMBEDDING if tied else f"{name}.weight"), self._bias(name))
 
@@ -116,7 +116,11 @@ class ModelSource:
         return self.load_tokenizer()
 
     def sha256(self) -> str:
-        """Of the file, or of the sorted names and contents of the directory's config and shards."""
+        """Of the file, or of the sorted names and contents of the directory's config and shards. Read once."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256()
         config = self.path / "config.json"
         for file in sorted(self.store.files) + ([config] if config.exists() else []):
@@ -139,6 +143,22 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fetch_model(name: str) -> Path:
+    """Downloads what `name` (`demo:<name>` or `org/name` of a hub) stands for, once, and returns where it lies.
+
+    Raises ModelError for another kind of name or a failed download.
+    """
+    from quantbench.infer.checkpoint import demo, hub
+
+    if name.startswith("demo:"):
+        return demo.fetch_demo(name)
+    if hub.is_hub_name(name):
+        return hub.fetch_hub(name)
+    raise ModelError(
+        f"{name}: nothing to fetch. Give {', '.join(sorted(demo.MODELS | demo.TEXTS))} or a hub name (org/name)"
+    )
 
 
 def open_model(spec: str | Path) -> ModelSource:

@@ -66,7 +66,7 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`. `add_special_tokens`: what the tokenizer itself puts around it (Llama 3: a BOS; Qwen: none)."""
+        """Ids of `text`; `add_special_tokens`: with what the tokenizer puts around it (Llama 3: a BOS; Qwen: none)."""
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -1,0 +1,134 @@
+"""What is wrong, or looks wrong, with a checkpoint: every tensor read and judged. `error` findings refuse it.
+
+error    it cannot be opened; bytes differ from the record; a float, scale or input scale is NaN, infinite, zero or
+         negative; static scales differ inside a fused group (an engine that fuses q/k/v or gate/up would take the
+         largest and serve something else than was scored)
+warning  outputs whose codes are all zero; many codes at the end of the range; scales far larger than their codes need;
+         linears of one fused group stored differently
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from quantbench.errors import QuantbenchError
+from quantbench.infer.checkpoint.check import FLOATS
+from quantbench.infer.checkpoint.record import RecordedStore
+from quantbench.infer.checkpoint.source import F32, ModelSource, open_model
+from quantbench.infer.models import LINEARS, block_prefix
+from quantbench.quantizers.formats import E4M3, FORMATS
+from quantbench.quantizers.weight import QuantizedWeight, expand
+from quantbench.scales.lint import Finding
+from quantbench.vocabulary import BLOCK_SHAPE
+
+# Share of codes at the end of the range above which a scale is probably too small. Absmax puts one code of each
+# scale's span there, and a coarse format several, so the limit lies well above those.
+_SATURATED = {"int8": 0.01, "int4": 0.15, "fp8_e4m3": 0.01}
+_UNUSED = 4.0  # a scale this many times larger than its codes need wastes two bits
+
+
+def lint_checkpoint(path: Path) -> list[Finding]:
+    """Findings of a checkpoint or float HF directory, errors first. Raises nothing for a damaged one: it reports."""
+    try:
+        source = open_model(path)
+    except QuantbenchError as refused:
+        return [Finding("error", str(path), problem) for problem in refused.problems]
+    found = [*_damage(source), *_not_finite(source)]
+    if source.quantization is not None:
+        found += [*_untied(source), *_codes(source, damaged={f.name for f in found})]
+    return sorted(found, key=lambda finding: finding.severity != "error")
+
+
+def _damage(source: ModelSource) -> Iterator[Finding]:
+    if isinstance(source.store, RecordedStore):
+        for name in source.names():
+            yield from (Finding("error", name, problem) for problem in source.store.damage(name))
+
+
+def _not_finite(source: ModelSource) -> Iterator[Finding]:
+    for name in source.names():
+        if source.store.dtype(name) in (*FLOATS, E4M3):
+            values = source.store.read(name).astype(np.float32)
+            bad = int(values.size - np.isfinite(values).sum())
+            if bad:
+                yield Finding("error", name, f"{bad} of {values.size} values are NaN or infinite")
+
+
+def _untied(source: ModelSource) -> Iterator[Finding]:
+    for layer in range(source.config.num_layers):
+        for group in sorted({line.fused for line in LINEARS}):
+            names = [f"{block_prefix(layer)}.{line.name}" for line in LINEARS if line.fused == group]
+            yield from _untied_group(source, names)
+
+
+def _untied_group(source: ModelSource, names: list[str]) -> Iterator[Finding]:
+    assert source.quantization is not None
+    plans = [source.quantization.layers.get(name) for name in names]
+    schemes = {(p.weights, p.granularity, p.group_size, p.activations, p.dynamic) if p else None for p in plans}
+    if len(schemes) > 1:
+        yield Finding("warning", names[0], f"stored differently from others of its fused group: {', '.join(names)}")
+        return
+    plan = plans[0]
+    if plan is None:
+        return
+    shared = ["input_scale"] if plan.activations and not plan.dynamic else []
+    if plan.weights == "fp8_e4m3" and plan.granularity == "tensor":
+        shared.append("weight_scale")
+    for part in shared:
+        values = {float(np.asarray(source.read(f"{name}.{part}"), np.float32).reshape(-1)[0]) for name in names}
+        if len(values) > 1:
+            listed = ", ".join(f"{value:.9g}" for value in sorted(values))
+            yield Finding("error", f"{names[0]}.{part}", f"differs inside the fused group {', '.join(names)}: {listed}")
+
+
+def _codes(source: ModelSource, damaged: set[str]) -> Iterator[Finding]:
+    assert source.quantization is not None
+    for name in source.quantization.layers:
+        if not damaged & {f"{name}.weight", f"{name}.weight_packed"}:
+            weight = source.linear(name).weight
+            assert isinstance(weight, QuantizedWeight)
+            yield from (Finding("warning", name, message) for message in _code_messages(weight))
+
+
+def _code_messages(weight: QuantizedWeight) -> Iterator[str]:
+    distance = np.abs(weight.codes.astype(np.float32) - _zero(weight))
+    dead = int((distance.max(axis=1) == 0).sum())
+    if dead:
+        yield f"{dead} of {distance.shape[0]} outputs have only zero codes"
+    rate = saturation(weight)
+    if rate > _SATURATED[weight.format]:
+        yield f"{rate:.1%} of the codes are at the end of the range; the scale may be too small"
+    if weight.zero is None:
+        highest = _highest(distance, weight)
+        wasted = int(((highest > 0) & (highest * _UNUSED < FORMATS[weight.format].qmax)).sum())
+        if wasted:
+            yield f"{wasted} of {highest.size} scales are over {_UNUSED:.0f} times larger than their codes need"
+
+
+def saturation(weight: QuantizedWeight) -> float:
+    """Share of codes that are the smallest or largest of the format."""
+    fmt = FORMATS[weight.format]
+    codes = weight.codes.astype(np.float32)
+    return float(((codes <= fmt.qmin) | (codes >= fmt.qmax)).mean())
+
+
+def _zero(weight: QuantizedWeight) -> F32:
+    if weight.zero is None:
+        return np.zeros((1, 1), np.float32)
+    shape = (weight.codes.shape[0], weight.codes.shape[1])
+    return expand(weight.zero, weight.granularity, shape, weight.group_size).astype(np.float32)
+
+
+def _highest(distance: F32, weight: QuantizedWeight) -> F32:
+    """The largest code under each scale, shaped like the scale."""
+    if weight.granularity == "tensor":
+        return distance.reshape(1, -1).max(axis=1)
+    if weight.granularity == "channel":
+        return distance.max(axis=1)[:, None]
+    height, width = (1, weight.group_size) if weight.granularity == "group" else BLOCK_SHAPE
+    tall = np.maximum.reduceat(distance, range(0, distance.shape[0], height), axis=0)
+    spans: F32 = np.maximum.reduceat(tall, range(0, distance.shape[1], width or 1), axis=1)
+    return spans
