@@ -1,4 +1,4 @@
-"""The layer loop against an independent forward: plain numpy, float64, one sequence, no cache, written from the papers."""
+"""The layer loop against an independent forward: float64, one sequence, no cache, written from the papers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from quantbench.infer.engine.forward import Rows, batch_of
 
 F64 = npt.NDArray[np.float64]
 NAMES = (
-    "llama", "llama_untied_biased", "llama_linear", "llama_dynamic", "llama3", "qwen2", "qwen2_windowed", "qwen3", "mistral",
+    "llama", "llama_untied_biased", "llama_linear", "llama_dynamic", "llama3",
+    "qwen2", "qwen2_windowed", "qwen3", "mistral",
 )  # fmt: skip
 
 
