@@ -1,7 +1,7 @@
 """recipe.lock.yaml: a recipe with every default filled in and what it was run with; running it gives the same bytes.
 
-A lock is a recipe: `quantbench calibrate runs/demo/recipe.lock.yaml` runs it again, and refuses where the model or a
-text has changed since.
+A lock is a recipe: `quantbench calibrate runs/demo/recipe.lock.yaml` runs it again, and refuses where the model or the
+calibration text has changed since.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
+from quantbench import __version__
 from quantbench.errors import RecipeError
 from quantbench.recipes.load import load_recipe
 from quantbench.recipes.schema import Recipe
@@ -20,6 +22,7 @@ from quantbench.recipes.seal import KEY, Seal, section_of
 from quantbench.recipes.source import Dumper
 
 _HEADER = "# Written by quantbench: the recipe of this run with every default, and what it was run with.\n"
+_LIBRARIES = ("paddlepaddle", "paddlepaddle-gpu", "paddleslim", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,26 @@ class Lock:
     seal: Seal
 
 
-def write_lock(
-    recipe: Recipe, path: Path, model_sha256: str, data_sha256: Mapping[str, str], versions: Mapping[str, str]
-) -> Path:
-    """Write the lock, atomically. `data_sha256` maps the name of a text in the recipe to the hash of its tokens.
+def versions() -> dict[str, str]:
+    """Versions of everything that decides numbers; a library that is not installed is left out."""
+    found = {"quantbench": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
-    Raises RecipeError where the recipe was itself read from a lock, and the model or a text is not what that names.
+
+def write_lock(recipe: Recipe, path: Path, model_sha256: str, data_sha256: str, versions: Mapping[str, str]) -> Path:
+    """Write the lock, atomically: the recipe's words, the hashes of the model and of the calibration tokens.
+
+    Raises RecipeError where the recipe was itself read from a lock, and the model or the text is not what that names.
     """
-    seal = Seal(model_sha256, dict(data_sha256), dict(versions))
-    if recipe.source.seal is not None and (changed := recipe.source.seal.changed_inputs(seal)):
-        name = recipe.source.name
-        remedy = f"{name}: bring back what it was locked with, or remove its `lock:` section"
-        raise RecipeError(*(f"{name}: {difference}" for difference in changed), remedy)
+    seal = Seal(model_sha256, data_sha256, dict(versions))
+    if recipe.source.seal is not None:
+        changed, name = recipe.source.seal.changed_inputs(seal), recipe.source.name
+        _refuse(name, changed, "bring back what it was locked with, or remove its `lock:` section")
     words = recipe.model_dump(mode="json", exclude_none=True)
     text = _HEADER + yaml.dump(words | {KEY: section_of(seal, words)}, Dumper=Dumper, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +70,23 @@ def load_lock(path: Path) -> Lock:
     return Lock(recipe, recipe.source.seal)
 
 
-def verify_lock(lock: Lock, current: Lock) -> list[str]:
-    """What differs between a lock and now, one line each: words of the recipe, model, texts, versions."""
+def verify_lock(path: Path, recipe: Recipe, model_sha256: str, data_sha256: str) -> None:
+    """Refuse to go on with a run under anything else than it was begun with.
+
+    Raises RecipeError with one line per difference.
+    """
+    now = Lock(recipe, Seal(model_sha256, data_sha256, versions()))
+    remedy = "undo this, or begin another run: --overwrite, or --set output=…"
+    _refuse(str(path), lock_differences(load_lock(path), now), remedy)
+
+
+def lock_differences(lock: Lock, current: Lock) -> list[str]:
+    """What differs between two runs, one line each: words of the recipe, model, calibration tokens, versions."""
     then, now = lock.recipe.model_dump(mode="json"), current.recipe.model_dump(mode="json")
     words = [f"{key} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
     return words + lock.seal.changed_inputs(current.seal) + lock.seal.changed_versions(current.seal)
+
+
+def _refuse(where: str, differences: list[str], remedy: str) -> None:
+    if differences:
+        raise RecipeError(*(f"{where}: {difference}" for difference in differences), f"{where}: {remedy}")

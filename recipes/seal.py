@@ -9,34 +9,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KEY = "lock"
-_TYPES = {"recipe_sha256": str, "model_sha256": str, "data_sha256": dict, "versions": dict}
+_TYPES = {"recipe_sha256": str, "model_sha256": str, "data_sha256": str, "versions": dict}
 
 
 @dataclass(frozen=True)
 class Seal:
-    """sha256 of the model and of the tokens of every text (by its name in the recipe), and versions of libraries."""
+    """sha256 of the model and of the calibration tokens, and versions of the libraries."""
 
     model_sha256: str
-    data_sha256: dict[str, str] = field(default_factory=dict)
+    data_sha256: str
     versions: dict[str, str] = field(default_factory=dict)
 
     def changed_inputs(self, now: Seal) -> list[str]:
-        """How the model and the texts differ, one line each."""
-        model = [("sha256 of the model", self.model_sha256, now.model_sha256)]
-        return _differences(model + _pairs("sha256 of {}", self.data_sha256, now.data_sha256))
+        """How the model and the calibration tokens differ, one line each."""
+        pairs = [("model", self.model_sha256, now.model_sha256)]
+        pairs += [("calibration tokens", self.data_sha256, now.data_sha256)]
+        return [f"sha256 of the {name} was {then}, is {now_}" for name, then, now_ in pairs if then != now_]
 
     def changed_versions(self, now: Seal) -> list[str]:
         """How the libraries differ, one line each."""
-        return _differences(_pairs("version of {}", self.versions, now.versions))
-
-
-def _pairs(kind: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    names = sorted(then.keys() | now.keys())
-    return [(kind.format(name), then.get(name, "absent"), now.get(name, "absent")) for name in names]
-
-
-def _differences(pairs: list[tuple[str, str, str]]) -> list[str]:
-    return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
+        names = sorted(self.versions.keys() | now.versions.keys())
+        pairs = [(name, self.versions.get(name, "absent"), now.versions.get(name, "absent")) for name in names]
+        return [f"version of {name} was {old}, is {new}" for name, old, new in pairs if old != new]
 
 
 def section_of(seal: Seal, words: Mapping[str, Any]) -> dict[str, Any]:
