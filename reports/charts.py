@@ -1,0 +1,311 @@
+"""The figures of the report, each a function from the report to an SVG element or None where nothing was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from quantbench.reports.figures import INK, MAP, MUTED, PALETTE, STYLE, canvas, series_of, svg
+from quantbench.reports.formatting import percent, plain
+from quantbench.reports.terminal import first_batch
+
+Report = dict[str, Any]
+Chart = Callable[[Report], "str | None"]
+
+
+def charts(report: Report) -> dict[str, str]:
+    """{name: SVG} of every figure that `report` has numbers for."""
+    with matplotlib.rc_context(STYLE):
+        drawn = {name: draw(report) for name, draw in CHARTS.items()}
+    return {name: text for name, text in drawn.items() if text is not None}
+
+
+def accuracy_speed(report: Report) -> str | None:
+    """Perplexity increase over decode speed, one mark per variant, its area the checkpoint's size."""
+    batch = first_batch(report)
+    points = {name: point for name, record in report["variants"].items() if (point := _point(record, batch))}
+    if len(points) < 2 or all(record["baseline"] for record in map(report["variants"].__getitem__, points)):
+        return None
+    figure, (axes,) = canvas(6.4, 4.3)
+    series = series_of(report)
+    for name, (speed, increase, bounds, size) in points.items():
+        style = series[name]
+        if bounds:
+            axes.plot([speed, speed], [100 * b for b in bounds], color=style.color, linewidth=1.2, alpha=0.7)
+        area = 40 + 260 * size
+        axes.scatter(speed, 100 * increase, s=area, color=style.color, marker=style.marker, alpha=0.9, linewidths=0)
+    _percent_axis(axes, [100 * p[1] for p in points.values()])
+    _label_points(axes, {name: (p[0], 100 * p[1]) for name, p in points.items()})
+    limits = {g["limit"] for g in report["gates"] if g["gate"] == "perplexity_increase"}
+    for limit in sorted(limits):
+        axes.axhline(100 * limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(f"gate {percent(limit)}", (0.01, 100 * limit), xycoords=("axes fraction", "data"),
+                      xytext=(0, 3), textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
+    axes.set_xlabel(f"decode at batch {batch}, tokens per second (further right is faster)")
+    axes.set_ylabel("perplexity increase (lower is better)")
+    axes.margins(x=0.16)
+    return svg(figure, "accuracy-speed", "Perplexity increase against decode speed, per variant")
+
+
+def _point(record: dict[str, Any], batch: str | None) -> tuple[float, float, Any, float] | None:
+    decode, scores = record["speed"]["decode"].get(batch), record["accuracy"]["perplexity"]
+    if decode is None or not scores:
+        return None
+    increase = scores[0]["increase"] if scores[0]["increase"] is not None else 0.0
+    size = record["size"]["ratio_to_fp32"]
+    return decode["tokens_per_s"]["median"], increase, scores[0]["increase_interval"], 0.3 if size is None else size
+
+
+def _percent_axis(axes: Axes, values: list[float]) -> None:
+    """Linear near zero and logarithmic above 5 %, so that a disaster does not flatten everything else."""
+    if max(values) > 12:
+        axes.set_yscale("symlog", linthresh=5, linscale=1.2)
+        ticks = [t for t in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 10000) if t <= max(values) * 1.5]
+        axes.set_yticks(ticks)
+        axes.set_ylim(min(-0.7, min(values) * 1.3), max(values) * 2.2)
+        axes.minorticks_off()
+    else:
+        axes.margins(y=0.18)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
+
+
+def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside the marks, pushed down where two would overlap (in pixels, from the top down)."""
+    axes.figure.draw_without_rendering()
+    pixel = {name: axes.transData.transform(point) for name, point in points.items()}
+    placed: list[tuple[float, float, float]] = []  # left, right, height of every label so far
+    middle = axes.transAxes.transform((0.62, 0))[0]
+    for name in sorted(points, key=lambda n: -pixel[n][1]):
+        x, y = pixel[name]
+        width = LETTER_PX * len(name)
+        left, right = (x - 16 - width, x) if x > middle else (x, x + 16 + width)
+        while any(abs(y - other) < LINE_PX and left < end and start < right for start, end, other in placed):
+            y -= 3
+        placed.append((left, right, y))
+        offset = (-11 if x > middle else 11, (y - pixel[name][1]) * 72 / axes.figure.dpi)
+        axes.annotate(name, points[name], xytext=offset, textcoords="offset points", fontsize=9, color=INK,
+                      ha="right" if x > middle else "left", va="center")  # fmt: skip
+
+
+LETTER_PX, LINE_PX = 7.5, 15  # of a 9 point label at 100 dots per inch
+
+
+def sqnr(report: Report) -> str | None:
+    """Per block: signal to noise of the hidden state as served, and of the noisiest linear."""
+    served = {
+        name: [(i, layer["sqnr_served_db"]) for i, layer in enumerate(record["parity"]["layers"])]
+        for name, record in report["variants"].items()
+        if record["parity"]
+    }
+    linears = {name: _lowest_per_block(record) for name, record in report["variants"].items() if record["layers"]}
+    panels = [("Hidden state after each block, served", served), ("Noisiest linear of each block", linears)]
+    panels = [(title, lines) for title, lines in panels if any(lines.values())]
+    if not panels:
+        return None
+    figure, grid = canvas(9.6, 3.7, 1, len(panels), sharey=False)
+    series = series_of(report)
+    for axes, (title, lines) in zip(grid, panels, strict=True):
+        for name, line in lines.items():
+            known = [(x, min(y, SQNR_SHOWN)) for x, y in line if y is not None]
+            if not known:
+                continue
+            style = series[name]
+            look: dict[str, Any] = {"color": style.color, "marker": style.marker, "linestyle": style.dashes, "markersize": 3.4}
+            axes.plot(*zip(*known, strict=True), label=name, **look)
+        axes.set_title(title)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("SQNR, dB (higher is better)")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return svg(figure, "sqnr", "Signal to quantization noise ratio per block and variant")
+
+
+SQNR_SHOWN = 80.0  # a float variant is exact: its line is cut here so that the others can be read
+
+
+def _lowest_per_block(record: dict[str, Any]) -> list[tuple[int, float | None]]:
+    lowest: dict[int, float] = {}
+    for layer in record["layers"].values():
+        if layer["block"] is not None and layer["worst_db"] is not None:
+            lowest[layer["block"]] = min(layer["worst_db"], lowest.get(layer["block"], np.inf))
+    return sorted(lowest.items())
+
+
+TAP_TITLES = {
+    "attn_in": "Input of q, k, v (attn_in)",
+    "o_in": "Input of o_proj (o_in)",
+    "mlp_in": "Input of gate, up (mlp_in)",
+    "down_in": "Input of down_proj (down_in)",
+}
+
+
+def activation_ranges(report: Report) -> str | None:
+    """Largest value and 99.9 percentile of every tap per block, before and after the transforms."""
+    before, after = report["ranges"]["float"], report["ranges"]["after"]
+    taps = [tap for tap in TAP_TITLES if tap in before or any(tap in lines for lines in after.values())]
+    if not taps:
+        return None
+    figure, grid = canvas(6.4, 4.3, -(-len(taps) // 2), min(2, len(taps)), sharex=True)
+    series = series_of(report)
+    for axes, tap in zip(grid, taps, strict=False):
+        _range_panel(axes, before.get(tap), MUTED, "float model")
+        for variant, lines in after.items():
+            _range_panel(axes, lines.get(tap), series[variant].color, variant)
+        _name_outliers(axes, before.get(tap))
+        axes.set_yscale("log")
+        axes.set_title(TAP_TITLES[tap])
+        axes.margins(y=0.16)
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value, 1)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid[len(taps) :]:
+        axes.set_visible(False)
+    for axes in grid[len(taps) - min(2, len(taps)) : len(taps)]:
+        axes.set_xlabel("block")
+    figure.legend(*_range_legend(grid[0], after), loc="outside lower center", ncols=3)
+    return svg(figure, "activation-ranges", "Largest values and 99.9 percentiles of the activations per block")
+
+
+def _range_panel(axes: Axes, line: dict[str, Any] | None, color: str, label: str) -> None:
+    if line is None:
+        return
+    positive = [np.nan if not v else v for v in line["absmax"]]
+    axes.plot(line["blocks"], positive, color=color, marker="o", markersize=3, label=f"largest, {label}")
+    usual = [np.nan if not v else v for v in line["p999"]]
+    if not np.all(np.isnan(usual)):
+        axes.plot(line["blocks"], usual, color=color, linestyle=(0, (2, 1.5)), label=f"99.9 % below, {label}")
+
+
+def _range_legend(axes: Axes, after: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    return (handles, labels) if after else (handles, [label.removesuffix(", float model") for label in labels])
+
+
+def _name_outliers(axes: Axes, line: dict[str, Any] | None) -> None:
+    """Block and value at the three points that stand out most over their own 99.9 percentile."""
+    if line is None:
+        return
+    ratios = [
+        (absmax / usual, block, absmax)
+        for block, absmax, usual in zip(line["blocks"], line["absmax"], line["p999"], strict=True)
+        if usual
+    ]
+    for ratio, block, absmax in sorted(ratios, reverse=True)[:3]:
+        if ratio >= 8:
+            late = block > 0.7 * max(line["blocks"])
+            axes.annotate(f"{plain(absmax)}", (block, absmax), xytext=(-5 if late else 5, 0), color=INK, fontsize=8.5,
+                          textcoords="offset points", ha="right" if late else "left", va="center")  # fmt: skip
+
+
+def cache_heads(report: Report) -> str | None:
+    """Largest K and V per head and block."""
+    parts = report["cache_ranges"]
+    if not parts:
+        return None
+    heads = max(len(row) for rows in parts.values() for row in rows)
+    figure, grid = canvas(9.6, min(6.0, 1.7 + 0.16 * heads), 1, len(parts))
+    for axes, (part, rows) in zip(grid, parts.items(), strict=True):
+        image = axes.imshow(np.array(rows).T, aspect="auto", cmap=MAP, interpolation="nearest", origin="lower")
+        axes.set_title({"k": "Keys after RoPE", "v": "Values"}[part] + ", largest value")
+        axes.set_xlabel("block")
+        axes.set_ylabel("KV head")
+        axes.grid(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        bar = figure.colorbar(image, ax=axes)
+        bar.outline.set_visible(False)
+    return svg(figure, "cache-heads", "Largest key and value per head and block")
+
+
+def memory(report: Report) -> str | None:
+    """Checkpoint bytes by kind, the KV cache, and the process at its peak."""
+    records = {n: r for n, r in report["variants"].items() if r["size"]["checkpoint_bytes"] or r["size"]["by_kind"]}
+    if not records:
+        return None
+    kinds = sorted({kind for r in records.values() for kind in r["size"]["by_kind"]})
+    figure, (axes,) = canvas(9.6, 1.4 + 0.36 * len(records))
+    at = np.arange(len(records))[::-1]
+    left = np.zeros(len(records))
+    parts = [(kind, [r["size"]["by_kind"].get(kind, 0) for r in records.values()]) for kind in kinds]
+    parts = parts or [("checkpoint", [r["size"]["checkpoint_bytes"] for r in records.values()])]
+    parts += [("KV cache", [r["size"]["cache_bytes"] or 0 for r in records.values()])]
+    for index, (kind, values) in enumerate(parts):
+        width = np.array(values, float) / 1e6
+        if width.any():
+            axes.barh(at, width, left=left, height=0.62, color=PALETTE[index % len(PALETTE)], label=kind)
+            left += width
+    peaks = [(r["size"]["peak_rss_bytes"], y) for r, y in zip(records.values(), at, strict=True)]
+    known = [(value / 1e6, y) for value, y in peaks if value]
+    if known:
+        axes.scatter(
+            *zip(*known, strict=True), marker="|", s=180, color=INK, linewidths=1.8, label="process at its peak"
+        )
+    axes.set_yticks(at, list(records))
+    axes.tick_params(axis="y", colors=INK, length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("MB")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return svg(figure, "memory", "Size of weights, KV cache and process per variant")
+
+
+def throughput(report: Report) -> str | None:
+    """Tokens per second per variant, with a mark where the machine's ceiling is."""
+    batches = sorted({b for r in report["variants"].values() for b in r["speed"]["decode"]}, key=int)
+    shown = [("Prefill", "prefill")] if any(r["speed"]["prefill"] for r in report["variants"].values()) else []
+    shown += [(f"Decode, batch {b}", b) for b in dict.fromkeys([*batches[:1], *batches[-1:]])]
+    if not shown:
+        return None
+    names = list(report["variants"])
+    figure, grid = canvas(9.6, 1.3 + 0.36 * len(names), 1, len(shown), sharey=True)
+    series = series_of(report)
+    at = np.arange(len(names))[::-1]
+    for axes, (title, key) in zip(grid, shown, strict=True):
+        for y, name in zip(at, names, strict=True):
+            _pace_bar(axes, y, _paced(report["variants"][name], key), series[name].color)
+        axes.set_title(title)
+        axes.set_xlabel("tokens per second")
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.34)
+        axes.set_xlim(left=0)
+    grid[0].set_yticks(at, names)
+    for axes in grid:
+        axes.tick_params(axis="y", colors=INK, length=0)
+    return svg(figure, "throughput", "Tokens per second per variant, against the measured ceiling")
+
+
+def _paced(record: dict[str, Any], key: str) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = (
+        record["speed"]["prefill"] if key == "prefill" else record["speed"]["decode"].get(key)
+    )
+    return found
+
+
+def _pace_bar(axes: Axes, y: float, paced: dict[str, Any] | None, color: str) -> None:
+    if paced is None:
+        return
+    speed, share = paced["tokens_per_s"]["median"], paced["share_of_ceiling"]
+    axes.barh(y, speed, height=0.62, color=color)
+    end = speed
+    if share:
+        end = max(speed, speed / share)
+        axes.plot([speed / share] * 2, [y - 0.36, y + 0.36], color=INK, linewidth=1.8)
+    text = plain(speed) + (f"  ({percent(share)})" if share else "")
+    axes.annotate(text, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
+
+
+CHARTS: dict[str, Chart] = {
+    "accuracy_speed": accuracy_speed,
+    "activation_ranges": activation_ranges,
+    "sqnr": sqnr,
+    "throughput": throughput,
+    "memory": memory,
+    "cache_heads": cache_heads,
+}
