@@ -44,15 +44,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_lock(recipe: Recipe, path: Path, model_sha256: str, data_sha256: str, versions: Mapping[str, str]) -> Path:
-    """Write the lock, atomically: the recipe's words, the hashes of the model and of the calibration tokens.
+def write_lock(
+    recipe: Recipe, path: Path, model_sha256: str, data_sha256: Mapping[str, str], versions: Mapping[str, str]
+) -> Path:
+    """Write the lock, atomically: the recipe's words, what it is run with (`data_sha256`: name of a text -> hash of its tokens).
 
     Raises RecipeError where the recipe was itself read from a lock, and the model or the text is not what that names.
     """
-    seal = Seal(model_sha256, data_sha256, dict(versions))
+    seal = Seal(model_sha256, dict(data_sha256), dict(versions))
     if recipe.source.seal is not None:
-        changed, name = recipe.source.seal.changed_inputs(seal), recipe.source.name
-        _refuse(name, changed, "bring back what it was locked with, or remove its `lock:` section")
+        name = recipe.source.name
+        changed = [f"{name}: {difference}" for difference in recipe.source.seal.changed_inputs(seal)]
+        if changed:
+            remedy = f"{name}: bring back what it was locked with, or remove its `lock:` section to run it on this"
+            raise RecipeError(*changed, remedy)
     words = recipe.model_dump(mode="json", exclude_none=True)
     text = _HEADER + yaml.dump(words | {KEY: section_of(seal, words)}, Dumper=Dumper, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,23 +75,8 @@ def load_lock(path: Path) -> Lock:
     return Lock(recipe, recipe.source.seal)
 
 
-def verify_lock(path: Path, recipe: Recipe, model_sha256: str, data_sha256: str) -> None:
-    """Refuse to go on with a run under anything else than it was begun with.
-
-    Raises RecipeError with one line per difference.
-    """
-    now = Lock(recipe, Seal(model_sha256, data_sha256, versions()))
-    remedy = "undo this, or begin another run: --overwrite, or --set output=…"
-    _refuse(str(path), lock_differences(load_lock(path), now), remedy)
-
-
-def lock_differences(lock: Lock, current: Lock) -> list[str]:
-    """What differs between two runs, one line each: words of the recipe, model, calibration tokens, versions."""
+def verify_lock(lock: Lock, current: Lock) -> list[str]:
+    """What differs between a lock and now, one line each: words of the recipe, model, texts, versions."""
     then, now = lock.recipe.model_dump(mode="json"), current.recipe.model_dump(mode="json")
     words = [f"{key} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
     return words + lock.seal.changed_inputs(current.seal) + lock.seal.changed_versions(current.seal)
-
-
-def _refuse(where: str, differences: list[str], remedy: str) -> None:
-    if differences:
-        raise RecipeError(*(f"{where}: {difference}" for difference in differences), f"{where}: {remedy}")

@@ -8,14 +8,15 @@ from typing import Any
 
 from quantbench.recipes.source import Document, Path, parse
 
+_LONG = 60  # characters of an option that a message repeats
 _EXAMPLE = "write --set weights.group_size=32 or --set modes='[bf16, a8w8]'"
 
 
 def apply_overrides(document: Document, options: Sequence[str]) -> None:
     """Write each `path=value` into the document, in order; the value is YAML. Mistakes join `document.problems`."""
     for option in options:
-        label = f"--set {option}"
         name, sign, text = option.partition("=")
+        label = f"--set {option}" if len(option) <= _LONG else f"--set {name}=…"
         path = _path(name.strip())
         if not sign or not path:
             document.problems.append(f"{label}: not of the form key=value; {_EXAMPLE}")

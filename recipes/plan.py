@@ -96,12 +96,14 @@ def _untied(at: Path, variant: Variant, choices: Mapping[str, Choice], facts: Mo
     groups = untied({name: c.plan for name, c in choices.items()}, facts.groups)
     if not groups:
         return
-    members = [choices[p.name] for plans in groups.values() for p in plans]
-    rule = next(c for c in members if c.index is not None)
-    told = [f"{group} ({', '.join(map(described, plans))})" for group, plans in groups.items()]
+    rule = next(c for plans in groups.values() for p in plans if (c := choices[p.name]).index is not None)
+    alike: dict[str, list[str]] = {}
+    for group, plans in groups.items():
+        alike.setdefault(", ".join(map(described, plans)), []).append(group)
+    told = [f"{_some(names)} ({members})" for members, names in alike.items()]
     yield (
         _path(rule, at),
-        f"{variant.name}: layers that are fused at run time must be quantized alike, but these are not: {_some(told)}. "
+        f"{variant.name}: layers that are fused at run time must be quantized alike, but these are not: {'; '.join(told)}. "
         "Widen the rule to all of a group",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from quantbench.vocabulary import CachePlan, LayerPlan, VariantPlan, parse_mode
 
 @dataclass(frozen=True)
 class PlanRow:
-    """Layers of one variant that are treated alike. `layers` is a name with the block numbers folded: "0-10,12-29"."""
+    """Layers of one variant that are treated alike: "blocks 0-10,12-29: gate_proj up_proj"."""
 
     variant: str
     layers: str
@@ -78,7 +78,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Every decision and the forecast, for people."""
     console = console or Console()
     for v in plan.variants.values():
-        transforms = ", ".join(f"{k} {s}" for t in v.transforms for k, s in t.items()) or "none"
+        transforms = ", ".join(_transform(t) for t in v.transforms) or "none"
         title = f"{v.name}: {v.mode.name}, floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}"
         table = Table("layers", "count", "weights", "inputs", "method", "decided by", title=title, title_justify="left")
         for row in _variant_rows(v):
@@ -92,19 +92,33 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"time about {f.seconds:.0f} s ({stages}), on two cores of a recent CPU")
 
 
+def _transform(transform: dict[str, Any]) -> str:
+    return " ".join(f"{name} {' '.join(f'{k} {v}' for k, v in words.items())}" for name, words in transform.items())
+
+
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _variant_rows(variant: VariantPlan) -> Iterator[PlanRow]:
-    alike: dict[tuple[str, str, str, str, str], list[str]] = {}
+    """First the blocks of each kind of layer that are treated alike, then the kinds with the same blocks."""
+    blocks: dict[tuple[str, ...], list[int]] = {}  # kind and treatment -> numbers of the blocks
     for p in variant.layers.values():
-        pattern = re.sub(r"\.\d+\.", ".{}.", p.name, count=1)
-        alike.setdefault((pattern, _weights(p), _activations(p), p.method, p.rule), []).append(p.name)
-    for (pattern, weights, activations, method, rule), names in alike.items():
-        blocks = [int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))]
-        layers = pattern.replace("{}", _ranges(blocks))
-        yield PlanRow(variant.name, layers, len(names), weights, activations, method, rule)
+        block, kind = _split(p.name)
+        key = (kind, _weights(p), _activations(p), p.method if p.quantized else "", p.rule)
+        blocks.setdefault(key, []).extend([] if block is None else [block])
+    kinds: dict[tuple[tuple[int, ...], tuple[str, ...]], list[str]] = {}
+    for (kind, *treatment), numbers in blocks.items():
+        kinds.setdefault((tuple(numbers), tuple(treatment)), []).append(kind)
+    for (where, (weights, inputs, method, rule)), names in kinds.items():
+        layers = f"blocks {_ranges(where)}: {' '.join(names)}" if where else " ".join(names)
+        yield PlanRow(variant.name, layers, max(len(where), 1) * len(names), weights, inputs, method, rule)
+
+
+def _split(name: str) -> tuple[int | None, str]:
+    """ "model.layers.3.mlp.up_proj" -> 3, "up_proj"; "lm_head" -> None, "lm_head"."""
+    match = re.search(r"\.(\d+)\.", name)
+    return (int(match[1]), name.rpartition(".")[2]) if match else (None, name)
 
 
 def _weights(p: LayerPlan) -> str:
@@ -120,7 +134,7 @@ def _activations(p: LayerPlan) -> str:
     return f"{p.activations} dynamic" if p.dynamic else f"{p.activations} static, {p.activation_observer}"
 
 
-def _ranges(numbers: list[int]) -> str:
+def _ranges(numbers: Iterable[int]) -> str:
     """[0, 1, 2, 5] -> "0-2,5"."""
     parts: list[list[int]] = []
     for n in sorted(numbers):

@@ -9,28 +9,35 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KEY = "lock"
-_TYPES = {"recipe_sha256": str, "model_sha256": str, "data_sha256": str, "versions": dict}
+_TYPES = {"recipe_sha256": str, "model_sha256": str, "data_sha256": dict, "versions": dict}
 
 
 @dataclass(frozen=True)
 class Seal:
-    """sha256 of the model and of the calibration tokens, and versions of the libraries."""
+    """sha256 of the model and of the tokens of every text (by its name in the recipe), and versions of libraries."""
 
     model_sha256: str
-    data_sha256: str
+    data_sha256: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def changed_inputs(self, now: Seal) -> list[str]:
-        """How the model and the calibration tokens differ, one line each."""
-        pairs = [("model", self.model_sha256, now.model_sha256)]
-        pairs += [("calibration tokens", self.data_sha256, now.data_sha256)]
-        return [f"sha256 of the {name} was {then}, is {now_}" for name, then, now_ in pairs if then != now_]
+        """How the model and the texts differ, one line each."""
+        return _changed("sha256 of", {"the model": self.model_sha256}, {"the model": now.model_sha256}) + _changed(
+            "sha256 of the tokens of", self.data_sha256, now.data_sha256
+        )
 
     def changed_versions(self, now: Seal) -> list[str]:
         """How the libraries differ, one line each."""
-        names = sorted(self.versions.keys() | now.versions.keys())
-        pairs = [(name, self.versions.get(name, "absent"), now.versions.get(name, "absent")) for name in names]
-        return [f"version of {name} was {old}, is {new}" for name, old, new in pairs if old != new]
+        return _changed("version of", self.versions, now.versions)
+
+
+def _changed(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    names = sorted(then.keys() | now.keys())
+    return [
+        f"{what} {name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
 
 
 def section_of(seal: Seal, words: Mapping[str, Any]) -> dict[str, Any]:
