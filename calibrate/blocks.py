@@ -1,0 +1,208 @@
+"""The block loop: observe, decide, apply, hand on; everything a block produces is on disk before the next begins.
+
+    for every block:   weights → statistics/ → scales (work/) → checkpoint shard of every variant → hidden states
+
+Hidden states are committed last, so a run killed at any moment resumes at the block whose hidden states are the
+newest, redoes it, and ends with the same bytes. Variants that see float inputs share one stream of hidden states and
+one set of statistics; with `inputs: quantized` every quantized variant walks its own stream, in which block n sees
+what the quantized block n-1 puts out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from quantbench.calibrate.apply import apply_block
+from quantbench.calibrate.choose import Reobserve, choose_block, choose_head
+from quantbench.calibrate.collect import Collect, advance_block, collect_block
+from quantbench.calibrate.data import TokenBatches
+from quantbench.calibrate.forward import BlockForward, Float
+from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.simulate import quantized_block
+from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.source import ModelSource
+from quantbench.infer.checkpoint.write import CheckpointWriter
+from quantbench.infer.models import LINEARS, block_prefix
+from quantbench.quantizers.methods import METHODS
+from quantbench.scales import statistics as stats
+from quantbench.scales.table import ScaleTable
+from quantbench.vocabulary import VariantPlan
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """What the loop works on. `folder` is the run folder; `batch` samples per calibration batch."""
+
+    folder: Path
+    source: ModelSource
+    forward: BlockForward
+    tokens: TokenBatches
+    variants: dict[str, VariantPlan]
+    batch: int = 8
+    quantized_inputs: bool = False
+    spill_above: int = 1 << 30
+    reuse_statistics: bool = False  # decide again from saved statistics, without running the model
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Variants that see the same inputs. `name` is "" for the float stream, else the one variant's name."""
+
+    name: str
+    variants: tuple[VariantPlan, ...]
+
+    def folder(self, root: Path) -> Path:
+        return root / self.name if self.name else root
+
+
+def streams(job: BlockJob) -> list[Stream]:
+    """One float stream for all, or, with quantized inputs, one for each variant that quantizes linears."""
+    own = [v for v in job.variants.values() if job.quantized_inputs and any(p.quantized for p in v.layers.values())]
+    shared = tuple(v for v in job.variants.values() if v not in own)
+    return [Stream("", shared)] * bool(shared) + [Stream(v.name, (v,)) for v in own]
+
+
+def quantize_blocks(job: BlockJob, tick: Tick) -> None:
+    """Run every block of every stream that is not committed yet. `tick` is told each finished block."""
+    step = decide_again if job.reuse_statistics else observe_and_decide
+    for stream in streams(job):
+        for layer in step(job, stream):
+            tick(f"block {layer}{' of ' + stream.name if stream.name else ''}")
+
+
+def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
+    """Observe block by block, from the newest committed hidden states on; yields every block as it is done."""
+    hidden = start_or_resume(job, stream)
+    yield from range(hidden.layer)
+    options, writers = what_to_observe(job, stream), writers_of(job, stream)
+    for layer in range(hidden.layer, job.source.config.num_layers):
+        weights = job.source.float_block(layer)
+        seen, after = collect_block(job.forward, layer, weights, hidden, options, advance=not stream.name)
+        stats.save(statistics_path(job, stream, layer), seen)
+        look_again = partial(observe_again, job, options, layer, weights, hidden)
+        decide_and_write(job, writers, layer, weights, seen, look_again)
+        hidden = hand_on(job, writers[stream.name], layer, hidden) if stream.name else after
+        hidden.commit()
+        yield layer
+
+
+def observe_again(
+    job: BlockJob,
+    options: Collect,
+    layer: int,
+    weights: Mapping[str, Float],
+    hidden: HiddenStates,
+    factors: Mapping[str, Float],
+) -> dict[str, stats.Statistics]:
+    """Statistics of tap · factor: a second look at one block, behind transforms whose ranges cannot be derived."""
+    again = replace(options, taps=tuple(factors), factors=factors)
+    return collect_block(job.forward, layer, weights, hidden, again, advance=False)[0]
+
+
+def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
+    """Decide and write from the statistics of an earlier run: no forward, so nothing can be observed again."""
+    if stream.name:
+        raise CalibrationError(
+            "--from choose: with quantized inputs every block sees the last one: use --from collect"
+        )
+
+    def refuse(_: Mapping[str, Float]) -> dict[str, stats.Statistics]:
+        raise CalibrationError(
+            "--from choose: this recipe's observer needs a second look behind its transforms: use --from collect, "
+            "or the absmax observer, whose ranges are derived"
+        )
+
+    writers = writers_of(job, stream)
+    for layer in range(job.source.config.num_layers):
+        seen = stats.load(statistics_path(job, stream, layer))
+        decide_and_write(job, writers, layer, job.source.float_block(layer), seen, refuse)
+        yield layer
+
+
+def start_or_resume(job: BlockJob, stream: Stream) -> HiddenStates:
+    """The newest committed hidden states of a stream, or those before block 0."""
+    work = stream.folder(job.folder / "work" / "hidden")
+    ids, lengths = job.tokens.ids, job.tokens.lengths
+    shape = (*ids.shape, job.source.config.hidden_size)
+    resumed = HiddenStates.resume(lengths, shape, work, job.spill_above)
+    return resumed or HiddenStates.start(job.forward.embed(ids), lengths, work, job.spill_above)
+
+
+def decide_and_write(
+    job: BlockJob,
+    writers: Mapping[str, CheckpointWriter],
+    layer: int,
+    weights: Mapping[str, Float],
+    seen: dict[str, stats.Statistics],
+    look_again: Reobserve,
+) -> None:
+    """One block of every variant: its scale table to work/, its tensors to the checkpoint's shard."""
+    config = job.source.config
+    for name, writer in writers.items():
+        variant = job.variants[name]
+        table = choose_block(layer, weights, seen, variant, config, look_again)
+        table.save(table_folder(job, variant, layer))
+        writer.add_block(layer, apply_block(layer, weights, table, variant, config, seen))
+
+
+def hand_on(job: BlockJob, writer: CheckpointWriter, layer: int, hidden: HiddenStates) -> HiddenStates:
+    """The hidden states that the quantized block puts out, by simulation with the block just written."""
+    weights, fake = quantized_block(writer.partial_source(), layer)
+    return advance_block(job.forward, layer, weights, hidden, replace=fake)
+
+
+def what_to_observe(job: BlockJob, stream: Stream) -> Collect:
+    """Everything any variant of the stream asks for: live observers by name, Hessians where a method needs them."""
+    plans = [p for v in stream.variants for p in v.layers.values()]
+    live = {p.activation_observer for p in plans if p.activations} | {v.cache.observer for v in stream.variants}
+    hungry = {p.name for p in plans if p.quantized and METHODS[p.method].needs_hessian}
+    taps = {line.tap for line in LINEARS for name in hungry if name.endswith(line.name)}
+    return Collect(hessian=sorted(taps), observers=sorted(o for o in live if ":" in o), batch=job.batch)
+
+
+def finish_checkpoints(job: BlockJob, tick: Tick) -> None:
+    """Merge every variant's tables, write what is outside the blocks, lint, and move the checkpoint into place."""
+    for variant in job.variants.values():
+        if not checkpoint_path(job.folder, variant.name).exists():
+            table = ScaleTable.merge(*block_tables(job, variant), head_table(job, variant))
+            table.save(job.folder / "scales" / variant.name)
+            writer_of(job, variant).finish(table)
+        tick(variant.name)
+    shutil.rmtree(job.folder / "work" / "hidden", ignore_errors=True)
+
+
+def block_tables(job: BlockJob, variant: VariantPlan) -> Iterator[ScaleTable]:
+    return (ScaleTable.load(table_folder(job, variant, layer)) for layer in range(job.source.config.num_layers))
+
+
+def head_table(job: BlockJob, variant: VariantPlan) -> ScaleTable:
+    """The output head's decision; its weight is read only where the plan quantizes it."""
+    if not variant.layers["lm_head"].quantized:
+        return ScaleTable()
+    return choose_head(job.source.float_tensor("lm_head.weight"), variant)
+
+
+def writers_of(job: BlockJob, stream: Stream) -> dict[str, CheckpointWriter]:
+    return {v.name: writer_of(job, v) for v in stream.variants}
+
+
+def writer_of(job: BlockJob, variant: VariantPlan) -> CheckpointWriter:
+    return CheckpointWriter(checkpoint_path(job.folder, variant.name), job.source, variant)
+
+
+def checkpoint_path(folder: Path, variant: str) -> Path:
+    return folder / "checkpoint" / variant
+
+
+def statistics_path(job: BlockJob, stream: Stream, layer: int) -> Path:
+    return stream.folder(job.folder / "statistics") / f"block_{layer:05d}.safetensors"
+
+
+def table_folder(job: BlockJob, variant: VariantPlan, layer: int) -> Path:
+    return job.folder / "work" / "scales" / variant.name / block_prefix(layer)

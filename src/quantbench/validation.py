@@ -1,0 +1,157 @@
+"""The validate stage: the exported bytes are loaded by the runtime and measured beside the float model.
+
+Each measurement writes its own file, so a resumed run does not repeat what is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantbench.calibrate.blocks import checkpoint_path
+from quantbench.calibrate.data import eval_windows
+from quantbench.infer.checkpoint.source import ModelSource, open_model
+from quantbench.infer.checkpoint.tokenizer import Tokenizer
+from quantbench.infer.engine.trace import Trace
+from quantbench.infer.validate.accuracy import AccuracyTasks, TokenSet, evaluate_accuracy
+from quantbench.infer.validate.choices import ChoiceSet, load_choices
+from quantbench.infer.validate.gates import GateResult, evaluate_gates
+from quantbench.infer.validate.machine import describe_machine
+from quantbench.infer.validate.parity import Parity
+from quantbench.infer.validate.throughput import measure_throughput
+from quantbench.infer.validate.timing import Load
+from quantbench.infer.validate.visit import EngineSpec
+from quantbench.recipes.plan import Plan
+from quantbench.recipes.schema import Recipe
+from quantbench.recipes.sections import Divergence, Perplexity
+from quantbench.reports.progress import Progress
+
+ACCURACY_FILE, THROUGHPUT_FILE, PARITY_FILE, GATES_FILE = (
+    "accuracy.json",
+    "throughput.json",
+    "parity.json",
+    "gates.json",
+)
+MEASUREMENTS = (ACCURACY_FILE, THROUGHPUT_FILE, PARITY_FILE)  # in the order `evaluate_gates` takes them
+Engines = dict[str, EngineSpec]
+
+
+def validate(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan, progress: Progress) -> None:
+    """Measure accuracy, parity and speed of every checkpoint of the run, each unless its file is there already."""
+    engines = engine_specs(folder, recipe, plan)
+    once(folder / ACCURACY_FILE, lambda: accuracy(folder, recipe, source.tokenizer(), engines, progress))
+    if recipe.parity is not None:
+        once(folder / PARITY_FILE, lambda: parity(folder, recipe, source, plan, progress))
+    if recipe.throughput is not None:
+        once(folder / THROUGHPUT_FILE, lambda: throughput(folder, recipe, engines, progress))
+
+
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Write what `measure` returns, atomically, unless `path` exists."""
+    if not path.exists():
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(measure(), indent=1))
+        temporary.replace(path)
+
+
+def engine_specs(folder: Path, recipe: Recipe, plan: Plan) -> Engines:
+    """Baseline first: the model in the baseline's float mode; then every exported checkpoint."""
+    baseline = recipe.accuracy.baseline
+    specs = {baseline: EngineSpec(recipe.model, baseline)}
+    return specs | {n: EngineSpec(str(checkpoint_path(folder, n))) for n in plan.variants if n != baseline}
+
+
+def accuracy(
+    folder: Path, recipe: Recipe, tokenizer: Tokenizer, engines: Engines, progress: Progress
+) -> dict[str, Any]:
+    tasks = AccuracyTasks(
+        perplexity=[token_set(p, tokenizer) for p in recipe.accuracy.perplexity],
+        divergence=token_set(recipe.accuracy.divergence, tokenizer) if recipe.accuracy.divergence else None,
+        choices=[choice_set(c.data, c.limit, tokenizer) for c in recipe.accuracy.choices],
+    )
+    progress.stage("accuracy", tasks.steps() * len(engines))
+    result = evaluate_accuracy(engines, recipe.accuracy.baseline, tasks, folder / "work", lambda *_: progress.advance())
+    return result | {"machine": describe_machine()}
+
+
+def token_set(asked: Perplexity | Divergence, tokenizer: Tokenizer) -> TokenSet:
+    return TokenSet(asked.data, tuple(eval_windows(asked.data, asked.tokens, asked.context, tokenizer)))
+
+
+def choice_set(data: str, limit: int | None, tokenizer: Tokenizer) -> ChoiceSet:
+    found = load_choices(data, tokenizer)
+    return ChoiceSet(found.name, found.questions[:limit])
+
+
+def parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Float, simulated and served run of the same tokens. The simulation is Paddle's, the other two the runtime's."""
+    from quantbench.calibrate.simulate import simulate
+
+    assert recipe.parity is not None
+    first = recipe.accuracy.perplexity[0] if recipe.accuracy.perplexity else Perplexity()
+    context = min(first.context, recipe.parity.tokens + 1)
+    windows = [w.tolist() for w in eval_windows(first.data, recipe.parity.tokens, context, source.tokenizer())]
+    progress.stage("parity", len(plan.variants))
+    base = traces(EngineSpec(recipe.model, "fp32"), windows)
+    variants = {}
+    for name in plan.variants:
+        checkpoint = open_model(checkpoint_path(folder, name))
+        judged = Parity()
+        served = traces(EngineSpec(str(checkpoint.path)), windows)
+        for window, float_trace, served_trace in zip(windows, base, served, strict=True):
+            judged.add(float_trace, simulate(checkpoint, window), served_trace)
+        variants[name] = judged.result()
+        gc.collect()
+        progress.advance()
+    return {"tokens": sum(map(len, windows)), "variants": variants, "machine": describe_machine()}
+
+
+def traces(spec: EngineSpec, windows: list[list[int]]) -> list[Trace]:
+    """One trace per window; the engine is gone afterwards."""
+    engine = spec()
+    return [engine.trace(window) for window in windows]
+
+
+def throughput(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> dict[str, Any]:
+    asked = recipe.throughput
+    assert asked is not None
+    progress.stage("throughput", asked.rounds * len(engines))
+    load = Load(asked.prompt, asked.output, asked.batches)
+    specs = {name: replace(spec, threads=asked.threads) for name, spec in engines.items()}
+    return measure_throughput(specs, recipe.accuracy.baseline, load, asked.rounds, lambda *_: progress.advance())
+
+
+def judge(folder: Path, recipe: Recipe) -> list[GateResult]:
+    """Hold the measurements against the recipe's gates: gates.json. A gate on nothing measured is an error."""
+    read = {
+        name: json.loads((folder / name).read_text()) if (folder / name).exists() else None for name in MEASUREMENTS
+    }
+    asked = {v.name: recipe.gates.of(v.name) for v in recipe.modes}
+    results = evaluate_gates(asked, *(read[name] for name in MEASUREMENTS), sizes(folder))
+    rows = [
+        {
+            "name": r.gate,
+            "variant": r.variant,
+            "limit": r.limit,
+            "value": r.value,
+            "passed": r.passed,
+            "why": r.sentence,
+        }
+        for r in results
+    ]
+    if rows:
+        (folder / GATES_FILE).write_text(json.dumps({"gates": rows}, indent=1))
+    return results
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every checkpoint's tensors files."""
+    return {
+        path.name: sum(f.stat().st_size for f in path.glob("*.safetensors"))
+        for path in (folder / "checkpoint").iterdir()
+        if path.is_dir()
+    }
