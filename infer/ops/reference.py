@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from quantbench.errors import CheckpointError, DependencyError
+from quantbench.errors import DependencyError
 from quantbench.infer.ops.types import (
     FLOAT,
     PAGE,
@@ -28,10 +27,9 @@ from quantbench.infer.ops.types import (
     Packed,
     Weights,
 )
-
-E4M3 = ml_dtypes.float8_e4m3fn
-LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0}  # largest code value of a format, and the divisor of its scale
-STORAGE: dict[str, Any] = {"int8": np.int8, "fp8_e4m3": E4M3}
+from quantbench.quantizers.activation import quantize_activation
+from quantbench.quantizers.formats import E4M3, FORMATS
+from quantbench.quantizers.weight import dequantize_weight
 
 
 @dataclass(frozen=True)
@@ -45,62 +43,26 @@ def as_list(weight: Weights) -> list[LinearWeightLike]:
     return list(weight) if isinstance(weight, Sequence) else [weight]
 
 
-def encode(x: Floats, scale: Floats | np.float32, format: str) -> Array:
-    """clip(round_half_even(x / scale)) for int8, saturating cast of x / scale for e4m3."""
-    limit = np.float32(LIMITS[format])
-    quotient = np.clip(np.divide(x, scale, dtype=np.float32), -limit, limit)
-    return (np.rint(quotient) if format == "int8" else quotient).astype(STORAGE[format])
-
-
 def quantize(x: Floats, spec: ActSpec) -> Activation:
-    """`x` as `spec` says. A token of zeros has scale 1. Raises CheckpointError where x is NaN or infinite."""
+    """`x` as `spec` says. A token of zeros has scale 1. Raises CalibrationError where x is NaN or infinite."""
     if spec.format is None:
         return Activation(values=x)
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if bad.size:
-        raise CheckpointError(non_finite(int(bad[0])))
-    if spec.scale is not None:
-        scale = np.array([spec.scale], dtype=np.float32)
-    else:
-        absmax = np.abs(x).max(axis=1, initial=0).astype(np.float32)
-        scale = np.where(absmax > 0, absmax / np.float32(LIMITS[spec.format]), np.float32(1)).astype(np.float32)
-    codes = encode(x, scale[:, None], spec.format)
+    codes, scale = quantize_activation(x, spec.format, spec.scale)
     return Activation(x if spec.keep_float else None, codes, scale, spec.format)
-
-
-def non_finite(row: int) -> str:
-    return (
-        f"quantize: the activation of row {row} has a NaN or an infinity, which no scale can hold. "
-        "A weight or scale of the layers before it is damaged: run `quantbench lint` on the model"
-    )
-
-
-def expand_scale(scale: Array, granularity: str, shape: tuple[int, int], group_size: int | None) -> Array:
-    """One value per weight, [N, K], from the stored scale or zero of any granularity."""
-    rows, columns = shape
-    if granularity == "block":
-        scale = np.repeat(scale, 128, axis=0)[:rows]
-    width = {"group": group_size or columns, "block": 128}.get(granularity, columns)
-    values = np.asarray(scale).reshape(1 if granularity == "tensor" else rows, -1)
-    return np.broadcast_to(np.repeat(values, width, axis=1)[:, :columns], shape)
 
 
 def dequantized(weight: Any) -> Floats:
     """(codes - zero) * scale in float32, or the float weight itself."""
-    if isinstance(weight, np.ndarray):
-        return weight.astype(np.float32)
-    shape = (int(weight.codes.shape[0]), int(weight.codes.shape[1]))
-    codes = weight.codes.astype(np.float32)
-    if weight.zero is not None:
-        codes = codes - expand_scale(weight.zero, weight.granularity, shape, weight.group_size).astype(np.float32)
-    return codes * expand_scale(weight.scale, weight.granularity, shape, weight.group_size).astype(np.float32)
+    floats: Floats = weight.astype(np.float32) if isinstance(weight, np.ndarray) else dequantize_weight(weight)
+    return floats
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x / sqrt(mean(x²) + eps) * weight over the last axis; the mean in float64, the products in float32."""
     mean = np.mean(np.square(x.astype(np.float64)), axis=-1, keepdims=True)
     inverse = (1.0 / np.sqrt(mean + eps)).astype(np.float32)
-    return x * inverse * weight
+    normed: Floats = x * inverse * weight
+    return normed
 
 
 def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
@@ -112,8 +74,8 @@ def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
 
 def store(pages: Array, slots: Array, heads: Floats, scale: Floats) -> None:
     """Write [T, kv_heads, d] into [pages, kv_heads, 64, d], quantized per head where the cache is."""
-    format = {np.dtype(np.int8): "int8", np.dtype(E4M3): "fp8_e4m3"}.get(pages.dtype)
-    values = heads.astype(pages.dtype) if format is None else encode(heads, scale[None, :, None], format)
+    format = {np.dtype(np.int8): "int8", E4M3: "fp8_e4m3"}.get(pages.dtype)
+    values = heads.astype(pages.dtype) if format is None else FORMATS[format].encode(heads, scale[None, :, None])
     pages[slots // PAGE, :, slots % PAGE, :] = values
 
 
@@ -121,15 +83,15 @@ def attend(q: Floats, keys: Floats, values: Floats, first: int, window: int | No
     """One sequence: q [T, H, d] at positions first.., keys and values [context, KV, d]."""
     tokens, heads, size = q.shape
     group = heads // keys.shape[1]
-    keys, values = (np.repeat(a.astype(np.float64), group, axis=1) for a in (keys, values))
-    scores = np.einsum("thd,chd->htc", q.astype(np.float64), keys) / np.sqrt(size)
+    k, v = (np.repeat(a.astype(np.float64), group, axis=1) for a in (keys, values))
+    scores = np.einsum("thd,chd->htc", q.astype(np.float64), k) / np.sqrt(size)
     position = first + np.arange(tokens)[:, None]
     column = np.arange(keys.shape[0])[None, :]
     hidden = (column > position) | ((column <= position - window) if window else False)
     scores = np.where(hidden, -np.inf, scores)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("htc,chd->thd", weights, values).astype(np.float32)
+    return np.einsum("htc,chd->thd", weights, v).astype(np.float32)
 
 
 class ReferenceOps:
@@ -144,8 +106,7 @@ class ReferenceOps:
         return ReferencePacked(tuple(w.name for w in weights), shape, sum(c.nbytes for c in codes), tuple(weights))
 
     def embed(self, table: Packed, ids: Ints) -> Floats:
-        weight = _weights(table)[0].weight
-        return np.asarray(weight[ids], dtype=np.float32)
+        return np.asarray(_weights(table)[0].weight[ids], dtype=np.float32)
 
     def add_norm(
         self, x: Floats, delta: Floats | None, weight: Floats, eps: float, spec: ActSpec = FLOAT
@@ -214,16 +175,18 @@ def _gather(pages: Array, table: Array, context: int) -> Floats:
 
 def _linear(a: Activation, w: LinearWeightLike) -> Floats:
     weight = w.weight
-    if a.codes is None:
+    # a linear whose input stays float reads the floats, where both were handed on
+    if a.codes is None or (a.values is not None and w.activations is None):
         assert a.values is not None
-        product = a.values.astype(np.float64) @ dequantized(weight).astype(np.float64).T
+        product = (a.values.astype(np.float64) @ dequantized(weight).astype(np.float64).T).astype(np.float32)
     else:
         assert a.scale is not None
         integer = a.format == "int8" and not isinstance(weight, np.ndarray) and weight.format == "int8"
         matrix = weight.codes if integer else dequantized(weight)
         # float64 holds every sum of int8 products exactly (below 2**53)
-        product = (a.codes.astype(np.float64) @ matrix.astype(np.float64).T).astype(np.float32)
+        total = (a.codes.astype(np.float64) @ matrix.astype(np.float64).T).astype(np.float32)
         scale = weight.scale.reshape(1, -1) if integer else np.float32(1)
-        product = product * (a.scale[:, None] * scale)
+        product = total * (a.scale[:, None] * scale)
     bias = np.float32(0) if w.bias is None else w.bias.astype(np.float32)
-    return product.astype(np.float32) + bias
+    y: Floats = product + bias
+    return y

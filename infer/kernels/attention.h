@@ -1,0 +1,221 @@
+// Attention over the paged cache as it is stored: pages are decoded to float32 in L1/L2 and used at once by every
+// query of a tile (all heads of a KV group, several tokens), with the online softmax of Milakov & Gimelshein 2018.
+#pragma once
+
+#include "rows.h"
+
+namespace quantbench::QB_ISA {
+
+constexpr int64_t kQueries = 96;      // rows of a tile: tokens times the heads that share a KV head
+constexpr int64_t kHeadBlock = 256;   // largest head the tile buffers hold
+constexpr float kMasked = -3e38f;
+
+struct AttentionTile {
+    alignas(64) float q[kQueries][kHeadBlock];       // scaled by k_scale / sqrt(d)
+    alignas(64) float out[kQueries][kHeadBlock];
+    alignas(64) float k[kPage * kHeadBlock];         // [key][d] for few queries, [d][key] for many
+    alignas(64) float v[kPage * kHeadBlock];         // [key][d]
+    alignas(64) float scores[kQueries][kPage];
+    float top[kQueries], sum[kQueries];
+    int64_t queries, padded;                         // padded: head size rounded up to W
+};
+
+QB_INLINE vf load_element(const uint8_t* p, CacheKind kind) {
+    switch (kind) {
+        case CacheKind::f32: return load((const float*)p);
+        case CacheKind::bf16: return load_bf16(p);
+        case CacheKind::f16: return load_f16(p);
+        case CacheKind::int8: return to_float(load_i8(p));
+        case CacheKind::e4m3: return load_e4m3_over_256(p) * 256.0f;
+    }
+    return vf{};
+}
+
+static void decode_rows(const uint8_t* page, CacheKind kind, int64_t size, int64_t padded, int64_t from, int64_t to, float* out) {
+    int64_t bytes = element_bytes(kind);
+    for (int64_t j = from; j < to; ++j) {
+        const uint8_t* row = page + j * size * bytes;
+        int64_t i = 0;
+        for (; i + W <= size; i += W) store(out + j * padded + i, load_element(row + i * bytes, kind));
+        if (i < size) {
+            uint8_t last[W * 4] = {};
+            std::memcpy(last, row + i * bytes, size_t((size - i) * bytes));
+            store(out + j * padded + i, load_element(last, kind));
+        }
+    }
+}
+
+// W vectors -> the vector of their sums.
+QB_INLINE vf sums_of(const vf* x) {
+#if defined(QB_AVX512)
+    __m512 u[4];
+    for (int i = 0; i < 4; ++i) {
+        const vf* y = x + 4 * i;
+        __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]) + _mm512_unpackhi_ps(y[0], y[1]));
+        __m512d t1 = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]) + _mm512_unpackhi_ps(y[2], y[3]));
+        u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t1)) + _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t1));
+    }
+    __m512 v0 = _mm512_shuffle_f32x4(u[0], u[1], 0x88) + _mm512_shuffle_f32x4(u[0], u[1], 0xdd);
+    __m512 v1 = _mm512_shuffle_f32x4(u[2], u[3], 0x88) + _mm512_shuffle_f32x4(u[2], u[3], 0xdd);
+    return _mm512_shuffle_f32x4(v0, v1, 0x88) + _mm512_shuffle_f32x4(v0, v1, 0xdd);
+#else
+    vf out{};
+    for (int i = 0; i < W; ++i) out[i] = sum_lanes(x[i]);
+    return out;
+#endif
+}
+
+// scores[q][key] for few queries: dot products along d, W keys at a time.
+static void score_few(AttentionTile& t, int64_t from, int64_t to) {
+    for (int64_t j = from / W * W; j < to; j += W)
+        for (int64_t q = 0; q < t.queries; ++q) {
+            vf part[W];
+            for (int l = 0; l < W; ++l) {
+                const float* key = t.k + (j + l) * t.padded;
+                vf acc = load(t.q[q]) * load(key);
+                for (int64_t i = W; i < t.padded; i += W) acc = fma(load(t.q[q] + i), load(key + i), acc);
+                part[l] = acc;
+            }
+            store(t.scores[q] + j, sums_of(part));
+        }
+}
+
+static void transpose_keys(AttentionTile& t, const float* rows, int64_t size, int64_t from, int64_t to) {
+    for (int64_t i = 0; i < size; ++i) {
+        float* out = t.k + i * kPage;
+        for (int64_t j = 0; j < kPage; ++j) out[j] = j >= from && j < to ? rows[j * t.padded + i] : 0.0f;
+    }
+}
+
+template <int M>
+QB_INLINE void score_rows(AttentionTile& t, int64_t q, int64_t size) {
+    constexpr int C = W == 16 ? 4 : 2;
+    for (int64_t c = 0; c < kPage; c += C * W) {
+        vf acc[M][C];
+        for (int m = 0; m < M; ++m)
+            for (int i = 0; i < C; ++i) acc[m][i] = vf{};
+        for (int64_t d = 0; d < size; ++d) {
+            vf b[C];
+            for (int i = 0; i < C; ++i) b[i] = load(t.k + d * kPage + c + i * W);
+            for (int m = 0; m < M; ++m) {
+                vf x = set1(t.q[q + m][d]);
+                for (int i = 0; i < C; ++i) acc[m][i] = fma(x, b[i], acc[m][i]);
+            }
+        }
+        for (int m = 0; m < M; ++m)
+            for (int i = 0; i < C; ++i) store(t.scores[q + m] + c + i * W, acc[m][i]);
+    }
+}
+
+template <int M>
+QB_INLINE void add_values(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
+    for (int64_t c = 0; c < t.padded; c += W) {
+        vf acc[M];
+        for (int m = 0; m < M; ++m) acc[m] = load(t.out[q + m] + c);
+        for (int64_t j = from; j < to; ++j) {
+            vf v = load(t.v + j * t.padded + c);
+            for (int m = 0; m < M; ++m) acc[m] = fma(set1(t.scores[q + m][j]), v, acc[m]);
+        }
+        for (int m = 0; m < M; ++m) store(t.out[q + m] + c, acc[m]);
+    }
+}
+
+// Scores become weights e^(s - top); what was summed before is rescaled to the new top.
+static void soften(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
+    float* s = t.scores[q];
+    for (int64_t j = 0; j < kPage; ++j)
+        if (j < from || j >= to) s[j] = kMasked;
+    vf best = set1(t.top[q]);
+    for (int64_t j = 0; j < kPage; j += W) best = vmax(best, load(s + j));
+    float top = max_lanes(best);
+    if (top == kMasked) {
+        for (int64_t j = 0; j < kPage; ++j) s[j] = 0.0f;
+        return;
+    }
+    vf total{};
+    for (int64_t j = 0; j < kPage; j += W) {
+        vf x = load(s + j);
+        vf p = x > set1(-1e38f) ? exponential(x - top) : vf{};
+        total = total + p;
+        store(s + j, p);
+    }
+    float keep = t.top[q] == kMasked ? 0.0f : exponential(set1(t.top[q] - top))[0];
+    t.sum[q] = t.sum[q] * keep + sum_lanes(total);
+    t.top[q] = top;
+    if (keep != 1.0f)
+        for (int64_t i = 0; i < t.padded; i += W) store(t.out[q] + i, load(t.out[q] + i) * keep);
+}
+
+static void load_queries(AttentionTile& t, const Attention& a, int64_t row, int64_t rows, int64_t head, int64_t heads, float scale) {
+    int64_t d = a.cache.size;
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t h = 0; h < heads; ++h) {
+            int64_t i = r * heads + h;
+            const float* q = a.q + ((row + r) * a.q_heads + head + h) * d;
+            for (int64_t k = 0; k < t.padded; k += W) {
+                store(t.q[i] + k, k < d ? load_upto(q + k, d - k) * scale : vf{});
+                store(t.out[i] + k, vf{});
+            }
+            t.top[i] = kMasked;
+            t.sum[i] = 0.0f;
+        }
+}
+
+static void attend_page(AttentionTile& t, const Attention& a, int64_t page, int64_t kv_head, int64_t from, int64_t to) {
+    const Cache& c = a.cache;
+    int64_t at = (page * c.heads + kv_head) * kPage * c.size * element_bytes(c.kind);
+    if (t.queries <= 8) {
+        int64_t even_from = from / W * W, even_to = (to + W - 1) / W * W;
+        decode_rows(c.k + at, c.kind, c.size, t.padded, from, to, t.k);
+        for (int64_t j = even_from; j < from; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
+        for (int64_t j = to; j < even_to; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
+        score_few(t, from, to);
+    } else {
+        decode_rows(c.k + at, c.kind, c.size, t.padded, from, to, t.v);
+        transpose_keys(t, t.v, c.size, from, to);
+        int64_t q = 0;
+        for (; q + 4 <= t.queries; q += 4) score_rows<4>(t, q, c.size);
+        for (; q < t.queries; ++q) score_rows<1>(t, q, c.size);
+    }
+    decode_rows(c.v + at, c.kind, c.size, t.padded, from, to, t.v);
+}
+
+// Tokens [first, last) of one sequence, query heads of one KV head.
+static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, int64_t head, int64_t heads) {
+    static thread_local AttentionTile t;
+    const Cache& c = a.cache;
+    int64_t row = a.starts[sequence] + first, rows = last - first;
+    int64_t position = a.context[sequence] - (a.starts[sequence + 1] - a.starts[sequence]) + first;
+    t.queries = rows * heads;
+    t.padded = (c.size + W - 1) / W * W;
+    load_queries(t, a, row, rows, head, heads, float(1.0 / __builtin_sqrt(double(c.size))) * c.k_scale[kv_head]);
+    int64_t oldest = a.window ? larger(0, position - a.window + 1) : 0, newest = position + rows;
+    for (int64_t base = oldest / kPage * kPage; base < newest; base += kPage) {
+        int64_t from = larger(oldest - base, 0), to = smaller(kPage, newest - base);
+        attend_page(t, a, a.tables[sequence * a.table_width + base / kPage], kv_head, from, to);
+        for (int64_t q = 0; q < t.queries; ++q) {
+            int64_t at = position + q / heads;
+            soften(t, q, a.window ? larger(from, at - a.window + 1 - base) : from, smaller(to, at + 1 - base));
+        }
+        int64_t q = 0;
+        for (; q + 8 <= t.queries; q += 8) add_values<8>(t, q, from, to);
+        for (; q + 3 <= t.queries; q += 3) add_values<3>(t, q, from, to);
+        for (; q < t.queries; ++q) add_values<1>(t, q, from, to);
+    }
+    for (int64_t q = 0; q < t.queries; ++q) {
+        float* out = a.out + ((row + q / heads) * a.q_heads + head + q % heads) * c.size;
+        float scale = c.v_scale[kv_head] / t.sum[q];
+        for (int64_t i = 0; i < c.size; i += W) store_upto(out + i, load(t.out[q] + i) * scale, c.size - i);
+    }
+}
+
+static void attention(const Attention& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t last) {
+    int64_t group = a.q_heads / a.cache.heads;
+    for (int64_t h = 0; h < group; h += kQueries) {
+        int64_t heads = smaller(kQueries, group - h), rows = larger(1, kQueries / heads);
+        for (int64_t t = first; t < last; t += rows)
+            attention_tile(a, sequence, kv_head, t, smaller(t + rows, last), kv_head * group + h, heads);
+    }
+}
+
+}  // namespace quantbench::QB_ISA

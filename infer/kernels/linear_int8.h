@@ -1,0 +1,172 @@
+// int8 activations times int8 weights, accumulated exactly in int32.
+//
+// AVX-512 VNNI multiplies unsigned by signed bytes, four at a time: activations are prepared as code + 128 and
+// 128 * (sum of the channel's weights) is taken off at the end, which is exact. AVX2 has no such instruction whose
+// sums cannot saturate, so bytes are widened to 16 bits (vpmaddwd). The generic path is plain integer arithmetic.
+#pragma once
+
+#include "linear_float.h"
+
+namespace quantbench::QB_ISA {
+
+#if defined(QB_AVX512)
+using Code = uint8_t;
+constexpr int32_t kShift = 128;
+#elif defined(QB_AVX2)
+using Code = int16_t;
+constexpr int32_t kShift = 0;
+#else
+using Code = int16_t;
+constexpr int32_t kShift = 0;
+#endif
+constexpr int kDotRows = W == 16 ? 12 : 4;
+constexpr int64_t kDotTokens = 252;
+
+static void prepare_codes(const int8_t* codes, int64_t t, int64_t columns, void* out) {
+    int64_t padded = (columns + 3) / 4 * 4;
+    Code* to = (Code*)out;
+    for (int64_t i = 0; i < t; ++i, to += padded, codes += columns) {
+        for (int64_t k = 0; k < columns; ++k) to[k] = Code(codes[k] + kShift);
+        for (int64_t k = columns; k < padded; ++k) to[k] = Code(kShift);
+    }
+}
+
+QB_INLINE void finish_dot(const Linear& l, int64_t token, int64_t column, vi acc) {
+    if (kShift) {
+        vi sum;
+        std::memcpy(&sum, l.w.row_sum + column, sizeof sum);
+        acc = acc - sum * kShift;
+    }
+    finish(l, token, column, to_float(acc));
+}
+
+#if defined(QB_AVX512)
+
+template <int M, int P>
+static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
+    const Weight& w = l.w;
+    int64_t quads = (w.columns + 3) / 4;
+    const uint8_t* a = (const uint8_t*)l.a_codes + token * quads * 4;
+    const uint8_t* b = w.codes + panel * w.panel_bytes;
+    __m512i acc[M][P][2];
+    for (int m = 0; m < M; ++m)
+        for (int p = 0; p < P; ++p) acc[m][p][0] = acc[m][p][1] = _mm512_setzero_si512();
+    for (int64_t q = 0; q < quads; ++q) {
+        __m512i x[P][2];
+        for (int p = 0; p < P; ++p)
+            for (int h = 0; h < 2; ++h) x[p][h] = _mm512_loadu_si512(b + p * w.panel_bytes + q * 128 + h * 64);
+        for (int m = 0; m < M; ++m) {
+            int32_t four;
+            std::memcpy(&four, a + (m * quads + q) * 4, 4);
+            __m512i y = _mm512_set1_epi32(four);
+            for (int p = 0; p < P; ++p)
+                for (int h = 0; h < 2; ++h) acc[m][p][h] = _mm512_dpbusd_epi32(acc[m][p][h], y, x[p][h]);
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int p = 0; p < P; ++p)
+            for (int h = 0; h < 2; ++h)
+                finish_dot(l, token + m, (panel + p) * kPanel + h * W, (vi)acc[m][p][h]);
+}
+
+#elif defined(QB_AVX2)
+
+// Eight channels at a time: each 16-byte half of a row of the panel holds four channels of four codes.
+template <int M>
+static void dot_eight(const Linear& l, int64_t token, int64_t panel, int64_t column) {
+    const Weight& w = l.w;
+    int64_t quads = (w.columns + 3) / 4;
+    const int16_t* a = (const int16_t*)l.a_codes + token * quads * 4;
+    const uint8_t* b = w.codes + panel * w.panel_bytes + column * 4;
+    __m256i acc[M][2];
+    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
+    for (int64_t q = 0; q < quads; ++q) {
+        __m256i x0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + q * 128)));
+        __m256i x1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + q * 128 + 16)));
+        for (int m = 0; m < M; ++m) {
+            int64_t four;
+            std::memcpy(&four, a + (m * quads + q) * 4, 8);
+            __m256i y = _mm256_set1_epi64x(four);
+            acc[m][0] = _mm256_add_epi32(acc[m][0], _mm256_madd_epi16(y, x0));
+            acc[m][1] = _mm256_add_epi32(acc[m][1], _mm256_madd_epi16(y, x1));
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        // lanes are pairs of partial sums of one channel; hadd joins them, the permutation restores channel order
+        __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[m][0], acc[m][1]), 0xd8);
+        finish_dot(l, token + m, panel * kPanel + column, (vi)sum);
+    }
+}
+
+template <int M, int P>
+static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
+    for (int p = 0; p < P; ++p)
+        for (int64_t c = 0; c < kPanel; c += 8) dot_eight<M>(l, token, panel + p, c);
+}
+
+#else
+
+template <int M, int P>
+static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
+    const Weight& w = l.w;
+    int64_t quads = (w.columns + 3) / 4;
+    for (int p = 0; p < P; ++p)
+        for (int m = 0; m < M; ++m) {
+            const int16_t* a = (const int16_t*)l.a_codes + (token + m) * quads * 4;
+            const int8_t* b = (const int8_t*)w.codes + (panel + p) * w.panel_bytes;
+            int32_t acc[kPanel] = {};
+            for (int64_t q = 0; q < quads; ++q, b += 128)
+                for (int n = 0; n < kPanel; ++n) {
+                    int32_t sum = 0;
+                    for (int j = 0; j < 4; ++j) sum += int32_t(a[q * 4 + j]) * b[n * 4 + j];
+                    acc[n] += sum;
+                }
+            for (int64_t c = 0; c < kPanel; c += W) {
+                vi sums;
+                std::memcpy(&sums, acc + c, sizeof sums);
+                finish_dot(l, token + m, (panel + p) * kPanel + c, sums);
+            }
+        }
+}
+
+#endif
+
+template <int M>
+static void dot_panels(const Linear& l, int64_t token, int64_t first, int64_t last) {
+    constexpr int P = M == 1 ? 4 : M == 2 ? 2 : 1;
+    int64_t panel = first;
+    for (; panel + P <= last; panel += P) dot_tile<M, P>(l, token, panel);
+    for (; panel < last; ++panel) dot_tile<M, 1>(l, token, panel);
+}
+
+template <int M = kDotRows>
+static void dot_rows(const Linear& l, int64_t token, int64_t rows, int64_t first, int64_t last) {
+    if constexpr (M > 1) {
+        if (rows < M) return dot_rows<M - 1>(l, token, rows, first, last);
+    }
+    dot_panels<M>(l, token, first, last);
+}
+
+// Token blocks stay in L2 while the panels stream past; within one, a panel stays in L1 for all its token tiles.
+static void linear_dot(const Linear& l, int64_t first, int64_t last) {
+    if (l.t <= kDotRows) return dot_rows(l, 0, l.t, first, last);
+    for (int64_t t0 = 0; t0 < l.t; t0 += kDotTokens) {
+        int64_t t1 = smaller(t0 + kDotTokens, l.t);
+        for (int64_t panel = first; panel < last; ++panel)
+            for (int64_t t = t0; t < t1; t += kDotRows) dot_rows(l, t, smaller(kDotRows, t1 - t), panel, panel + 1);
+    }
+}
+
+static void linear(const Linear& l, int64_t first, int64_t last) {
+    switch (l.w.kind) {
+        case Kind::f32: return linear_of<DecodeF32>(l, first, last);
+        case Kind::bf16: return linear_of<DecodeBF16>(l, first, last);
+        case Kind::f16: return linear_of<DecodeF16>(l, first, last);
+        case Kind::int8: return linear_of<DecodeInt8>(l, first, last);
+        case Kind::int4: return linear_of<DecodeInt4>(l, first, last);
+        case Kind::e4m3: return linear_of<DecodeE4M3>(l, first, last);
+        case Kind::int8_dot: return linear_dot(l, first, last);
+    }
+}
+
+}  // namespace quantbench::QB_ISA

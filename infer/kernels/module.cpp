@@ -1,0 +1,73 @@
+// quantbench._kernels: what Python sees.
+#include "dispatch.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace quantbench {
+
+namespace {
+
+PackedWeight* pack(int kind, ConstBytes codes, std::optional<ConstFloats> scale,
+                   std::optional<Array<const int32_t, 2>> zero, int64_t group_size, std::optional<ConstVector> bias) {
+    require(kind >= 0 && kind <= int(Kind::int8_dot), "kind of weight");
+    require(codes.ndim() == 2, "a weight must be [N, K]");
+    int64_t rows = int64_t(codes.shape(0)), columns = int64_t(codes.shape(1));
+    size_t bytes = Kind(kind) == Kind::f32 ? 4 : kind <= int(Kind::f16) ? 2 : 1;
+    require(codes.itemsize() == bytes, "weight codes have the wrong size for their kind");
+    int64_t groups = scale ? int64_t(scale->shape(1)) : 1;
+    require(!scale || int64_t(scale->shape(0)) == rows, "scale must be [N, groups]");
+    require(group_size > 0 && (columns + group_size - 1) / group_size == groups, "groups must cover the columns");
+    require(!zero || (scale && zero->shape(0) == scale->shape(0) && zero->shape(1) == scale->shape(1)), "zero must be like scale");
+    require(!bias || int64_t(bias->shape(0)) == rows, "bias must be [N]");
+    require(Kind(kind) != Kind::int8_dot || (scale && groups == 1 && !zero && columns <= 65536),
+            "int8 activations need one scale per channel, no zero points and at most 65536 columns");
+    Source source{Kind(kind), rows, columns, codes.data(), scale ? scale->data() : nullptr, zero ? zero->data() : nullptr,
+                  groups, group_size, bias ? bias->data() : nullptr};
+    Release release(rows * columns);
+    return new PackedWeight(source);
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    using namespace nb::literals;
+    m.doc() = "CPU kernels of quantbench. Arrays are taken as they are: C-contiguous, of the exact dtype.";
+    m.def("available", &available, "Instruction sets of this processor that kernels exist for, best last.");
+    m.def("set_threads", [](int n) {
+        require(n >= 1 && n <= 1024, "threads must be between 1 and 1024");
+        nb::gil_scoped_release release;
+        set_threads(n);
+    }, "threads"_a);
+    m.def("threads", [] { return Pool::shared()->threads(); });
+    m.def("processors", &affinity_count, "Processors this process may run on.");
+    m.def("pack", &pack, "kind"_a, "codes"_a.noconvert(), "scale"_a.noconvert().none(), "zero"_a.noconvert().none(),
+          "group_size"_a, "bias"_a.noconvert().none(), nb::rv_policy::take_ownership);
+
+    nb::class_<PackedWeight>(m, "PackedWeight")
+        .def_prop_ro("nbytes", &PackedWeight::bytes)
+        .def_prop_ro("shape", [](const PackedWeight& w) { return nb::make_tuple(w.view().rows, w.view().columns); });
+
+    nb::class_<Kernels>(m, "Kernels")
+        .def(nb::init<const std::string&>(), "isa"_a)
+        .def_prop_ro("isa", &Kernels::isa)
+        .def("linear", &Kernels::linear, "weight"_a, "values"_a.noconvert().none(), "codes"_a.noconvert().none(), "format"_a,
+             "a_scale"_a.noconvert().none(), "y"_a.noconvert(), "column"_a)
+        .def("quantize", &Kernels::quantize, "x"_a.noconvert(), "format"_a, "scale"_a.none(), "codes"_a.noconvert(), "scales"_a.noconvert())
+        .def("add_norm", &Kernels::add_norm, "x"_a.noconvert(), "delta"_a.noconvert().none(), "weight"_a.noconvert(), "eps"_a,
+             "values"_a.noconvert().none(), "format"_a, "scale"_a.none(), "codes"_a.noconvert().none(), "scales"_a.noconvert().none())
+        .def("silu_mul", &Kernels::silu_mul, "gate_up"_a.noconvert(), "values"_a.noconvert().none(), "format"_a, "scale"_a.none(),
+             "codes"_a.noconvert().none(), "scales"_a.noconvert().none())
+        .def("rope_write", &Kernels::rope_write, "qkv"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+             "cos"_a.noconvert(), "sin"_a.noconvert(), "q_norm"_a.noconvert().none(), "k_norm"_a.noconvert().none(), "eps"_a, "kind"_a,
+             "k"_a.noconvert(), "v"_a.noconvert(), "k_scale"_a.noconvert(), "v_scale"_a.noconvert(), "q"_a.noconvert())
+        .def("attention", &Kernels::attention, "q"_a.noconvert(), "starts"_a.noconvert(), "context"_a.noconvert(),
+             "tables"_a.noconvert(), "kind"_a, "k"_a.noconvert(), "v"_a.noconvert(), "k_scale"_a.noconvert(),
+             "v_scale"_a.noconvert(), "window"_a, "out"_a.noconvert())
+        .def("embed", &Kernels::embed, "table"_a, "ids"_a.noconvert(), "out"_a.noconvert())
+        .def("observe", &Kernels::observe, "x"_a.noconvert(), "rows"_a, "limit"_a.noconvert(), "channel_absmax"_a.noconvert(),
+             "channel_sum"_a.noconvert(), "minimum"_a.noconvert(), "maximum"_a.noconvert(), "histogram"_a.noconvert())
+        .def("read_gb_per_s", &Kernels::read_gb_per_s, "bytes"_a, "rounds"_a)
+        .def("gop_per_s", &Kernels::gop_per_s, "int8"_a, "seconds"_a);
+}
+
+}  // namespace quantbench

@@ -1,0 +1,124 @@
+#include "pack.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "pool.h"
+
+namespace quantbench {
+
+namespace {
+
+int64_t row_bytes(Kind kind) {  // of one k of a panel
+    switch (kind) {
+        case Kind::f32: return 4 * kPanel;
+        case Kind::bf16:
+        case Kind::f16: return 2 * kPanel;
+        case Kind::int4: return kPanel / 2;
+        default: return kPanel;
+    }
+}
+
+template <class T>
+void pack_plain(const Source& s, int64_t panel, T* to) {
+    const T* codes = static_cast<const T*>(s.codes);
+    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < s.rows; ++n)
+        for (int64_t k = 0; k < s.columns; ++k) to[k * kPanel + n % kPanel] = codes[n * s.columns + k];
+}
+
+void pack_int4(const Source& s, int64_t panel, uint8_t* to) {
+    std::memset(to, 0x88, size_t(s.columns * kPanel / 2));
+    const int8_t* codes = static_cast<const int8_t*>(s.codes);
+    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < s.rows; ++n)
+        for (int64_t k = 0; k < s.columns; ++k) {
+            uint8_t code = uint8_t(codes[n * s.columns + k] + 8) & 15;
+            uint8_t& byte = to[k * 16 + n % 16];
+            byte = n % kPanel < 16 ? uint8_t((byte & 0xf0) | code) : uint8_t((byte & 0x0f) | (code << 4));
+        }
+}
+
+void pack_dot(const Source& s, int64_t panel, int8_t* to, int32_t* sums) {
+    const int8_t* codes = static_cast<const int8_t*>(s.codes);
+    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < s.rows; ++n) {
+        int32_t sum = 0;
+        for (int64_t k = 0; k < s.columns; ++k) {
+            int8_t code = codes[n * s.columns + k];
+            to[k / 4 * 4 * kPanel + n % kPanel * 4 + k % 4] = code;
+            sum += code;
+        }
+        sums[n] = sum;
+    }
+}
+
+}  // namespace
+
+void Free::operator()(void* p) const { std::free(p); }
+
+// Zeroed, on a cache line, with room for a vector read past the end.
+template <class T>
+T* PackedWeight::allocate(int64_t count) {
+    size_t size = (size_t(count) * sizeof(T) + 127) / 64 * 64;
+    void* p = std::aligned_alloc(64, size);
+    if (!p) throw std::bad_alloc();
+    std::memset(p, 0, size);
+    bytes_ += int64_t(size);
+    buffers_.emplace_back(p);
+    return static_cast<T*>(p);
+}
+
+PackedWeight::PackedWeight(const Source& s) {
+    Weight& w = view_;
+    w.kind = s.kind;
+    w.rows = s.rows;
+    w.columns = s.columns;
+    w.panels = (s.rows + kPanel - 1) / kPanel;
+    int64_t depth = s.kind == Kind::int8_dot ? (s.columns + 3) / 4 * 4 : s.columns;
+    w.panel_bytes = depth * row_bytes(s.kind);
+    w.groups = s.groups;
+    w.group_size = s.group_size;
+    w.scale_at_load = s.scale && (s.groups > 1 || s.zero);
+    uint8_t* codes = allocate<uint8_t>(w.panels * w.panel_bytes);
+    w.codes = codes;
+    if (s.scale) pack_scales(s);
+    if (s.bias) {
+        float* bias = allocate<float>(w.panels * kPanel);
+        std::memcpy(bias, s.bias, size_t(s.rows) * 4);
+        w.bias = bias;
+    }
+    pack_codes(s, codes);
+}
+
+void PackedWeight::pack_codes(const Source& s, uint8_t* codes) {
+    int32_t* sums = s.kind == Kind::int8_dot ? allocate<int32_t>(view_.panels * kPanel) : nullptr;
+    view_.row_sum = sums;
+    Pool::shared()->run(view_.panels, [&](int64_t panel) {
+        uint8_t* to = codes + panel * view_.panel_bytes;
+        switch (s.kind) {
+            case Kind::f32: return pack_plain(s, panel, reinterpret_cast<float*>(to));
+            case Kind::bf16:
+            case Kind::f16: return pack_plain(s, panel, reinterpret_cast<uint16_t*>(to));
+            case Kind::int8:
+            case Kind::e4m3: return pack_plain(s, panel, to);
+            case Kind::int4: return pack_int4(s, panel, to);
+            case Kind::int8_dot: return pack_dot(s, panel, reinterpret_cast<int8_t*>(to), sums);
+        }
+    });
+}
+
+// e4m3 is decoded as a 256th of its value (see simd.h), so its scales carry the factor 256, which is exact.
+void PackedWeight::pack_scales(const Source& s) {
+    float factor = s.kind == Kind::e4m3 ? 256.0f : 1.0f;
+    float* scale = allocate<float>(view_.panels * s.groups * kPanel);
+    float* offset = s.zero ? allocate<float>(view_.panels * s.groups * kPanel) : nullptr;
+    for (int64_t n = 0; n < s.rows; ++n)
+        for (int64_t g = 0; g < s.groups; ++g) {
+            int64_t from = n * s.groups + g, to = (n / kPanel * s.groups + g) * kPanel + n % kPanel;
+            scale[to] = s.scale[from] * factor;
+            if (offset) offset[to] = -float(s.zero[from]) * s.scale[from];
+        }
+    view_.scale = scale;
+    view_.offset = offset;
+}
+
+}  // namespace quantbench

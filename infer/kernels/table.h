@@ -1,0 +1,141 @@
+// What a kernel takes, and the table of kernels that each instruction set fills in. Plain data and pointers only:
+// shapes, dtypes and contiguity were checked where Python came in (module.cpp), so nothing below checks again.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace quantbench {
+
+constexpr int64_t kPanel = 32;      // output channels that lie side by side in a packed weight
+constexpr int64_t kPage = 64;       // tokens per page of the KV cache
+constexpr int64_t kBins = 2048;     // histogram bins of observe
+
+enum class Kind : int { f32, bf16, f16, int8, int4, e4m3, int8_dot };
+
+// A packed linear. Layout of a panel of 32 output channels n:
+//   f32 bf16 f16 int8 e4m3   [k][32]
+//   int4                     [k][16] bytes, channel j in the low half, j + 16 in the high half, code + 8
+//   int8_dot                 [k / 4][32][4], k padded with zeros to a multiple of 4
+struct Weight {
+    Kind kind;
+    int64_t rows, columns, panels, panel_bytes;
+    int64_t group_size;        // inputs per scale; columns where there is one scale per channel
+    int64_t groups;
+    bool scale_at_load;        // groups > 1 or zero points: weights are scaled as they are decoded, else at the end
+    const uint8_t* codes;
+    const float* scale;        // [panels][groups][32] or null
+    const float* offset;       // -zero * scale, same layout, or null
+    const float* bias;         // [panels * 32] or null
+    const int32_t* row_sum;    // [panels * 32], int8_dot only: sum of a channel's codes
+};
+
+struct Linear {
+    Weight w;
+    const float* a;            // [t][columns], float path
+    const void* a_codes;       // prepared codes [t][padded columns], int8_dot path
+    const float* a_scale;      // null, or one value (step 0) or one per token (step 1)
+    int64_t a_scale_step;
+    int64_t t;
+    float* y;                  // [t][ldy], first column of this weight
+    int64_t ldy;
+};
+
+enum class Quant : int { none, int8, e4m3 };
+
+struct Quantize {
+    Quant format;
+    float static_scale;        // used where dynamic is false
+    bool dynamic;
+    float* values;             // [t][width] or null
+    void* codes;               // [t][width] or null
+    float* scale;              // [t] dynamic, [1] static
+};
+
+struct AddNorm {
+    float* x;
+    const float* delta;
+    const float* weight;
+    int64_t t, width;
+    double eps;
+    Quantize out;
+};
+
+struct SiluMul {
+    const float* gate_up;
+    int64_t t, width;
+    Quantize out;
+};
+
+enum class CacheKind : int { f32, bf16, f16, int8, e4m3 };
+
+struct Cache {
+    CacheKind kind;
+    uint8_t *k, *v;            // [pages][heads][64][size]
+    const float *k_scale, *v_scale;
+    int64_t heads, size;
+};
+
+struct RopeWrite {
+    const float* qkv;
+    const int32_t* positions;
+    const int64_t* slots;
+    const float *cos, *sin;
+    const float *q_norm, *k_norm;
+    double eps;
+    float* q;
+    int64_t t, q_heads;
+    Cache cache;
+};
+
+struct Attention {
+    const float* q;
+    float* out;
+    const int32_t *starts, *context, *tables;
+    int64_t table_width;
+    int64_t sequences, q_heads;
+    int64_t window;            // 0: none
+    Cache cache;
+};
+
+struct Observe {
+    const float* x;
+    int64_t t, channels, rows;
+    const float* limit;        // [rows]
+    float* channel_absmax;     // [channels]
+    double* channel_sum;
+    float *minimum, *maximum;  // [rows]
+    int64_t* histogram;        // [rows][kBins]
+};
+
+struct Embed {
+    Weight w;
+    const int32_t* ids;
+    int64_t t;
+    float* out;
+};
+
+// Functions over a range return the first row with a NaN or infinity, or -1, where they quantize.
+struct Table {
+    const char* name;
+    int64_t code_bytes;        // of one prepared activation code
+    void (*linear)(const Linear&, int64_t first_panel, int64_t last_panel);
+    void (*prepare_codes)(const int8_t* codes, int64_t t, int64_t columns, void* out);
+    void (*decode_codes)(const uint8_t* codes, Quant format, int64_t count, float* out);
+    int64_t (*quantize)(const float* x, int64_t width, const Quantize&, int64_t first, int64_t last);
+    int64_t (*add_norm)(const AddNorm&, int64_t first, int64_t last);
+    int64_t (*silu_mul)(const SiluMul&, int64_t first, int64_t last);
+    void (*rope_write)(const RopeWrite&, int64_t first, int64_t last);
+    void (*attention)(const Attention&, int64_t sequence, int64_t head, int64_t first_row, int64_t last_row);
+    void (*embed)(const Embed&, int64_t first, int64_t last);
+    int64_t (*observe)(const Observe&, int64_t first_channel, int64_t last_channel);
+    double (*peak_float)(int64_t rounds);
+    double (*peak_int8)(int64_t rounds);
+    double (*read_all)(const float* x, int64_t count);
+};
+
+const Table* generic_table();
+const Table* avx2_table();
+const Table* avx512vnni_table();
+
+}  // namespace quantbench
