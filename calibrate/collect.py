@@ -47,37 +47,59 @@ class Collect:
     batch: int | None = None
 
 
-class _Recorder:
-    """The tap hook of one block: observes each batch, merges, and lets `replace` act on the values."""
+class _Batch:
+    """The tap hook of one batch: observes it, and lets `replace` act on the values."""
 
-    def __init__(self, layer: int, options: Collect, replace: TapHook | None, kv_heads: int) -> None:
-        self._layer, self._options, self._replace, self._kv_heads = layer, options, replace, kv_heads
+    def __init__(self, block: _Block) -> None:
+        self._block = block
         self.seen: dict[str, Statistics] = {}
-        self._live: dict[tuple[str, str], LiveObserver] = {}
+        self.kept: dict[str, Float] = {}  # for live observers, which must see the batches in order
 
     def __call__(self, tap: str, x: Float) -> Float | None:
-        if tap in self._options.taps:
-            self._record(tap, x)
-        return None if self._replace is None else self._replace(tap, x)
+        if tap in self._block.options.taps:
+            self._observe(tap, x)
+        return None if self._block.replace is None else self._block.replace(tap, x)
 
-    def _record(self, tap: str, x: Float) -> None:
-        rows = self._kv_heads if tap in CACHE_TAPS else 1
+    def _observe(self, tap: str, x: Float) -> None:
+        options = self._block.options
         flat = np.ascontiguousarray(x.reshape(len(x), -1), np.float32)
-        if tap in self._options.factors:
-            flat = flat * self._options.factors[tap]
+        if tap in options.factors:
+            flat = flat * options.factors[tap]
         try:
-            batch = observe(flat, rows, tap in self._options.hessian)
+            self.seen[tap] = observe(flat, self._block.rows(tap), tap in options.hessian)
         except CalibrationError as error:
-            raise CalibrationError(*(f"{block_prefix(self._layer)} {tap}: {p}" for p in error.problems)) from error
-        self.seen[tap] = merge(self.seen[tap], batch) if tap in self.seen else batch
-        for name in self._options.observers:
-            key = (tap, name)
-            if key not in self._live:
-                self._live[key] = live_observer(name, rows)
-            self._live[key].update(flat)
+            raise CalibrationError(
+                *(f"{block_prefix(self._block.layer)} {tap}: {p}" for p in error.problems)
+            ) from error
+        if options.observers:
+            self.kept[tap] = flat.copy()
+
+
+@dataclass
+class _Block:
+    """What is known of one block so far: statistics of the batches merged, in order."""
+
+    layer: int
+    options: Collect
+    replace: TapHook | None
+    kv_heads: int
+    seen: dict[str, Statistics] = field(default_factory=dict)
+    live: dict[tuple[str, str], LiveObserver] = field(default_factory=dict)
+
+    def rows(self, tap: str) -> int:
+        return self.kv_heads if tap in CACHE_TAPS else 1
+
+    def add(self, batch: _Batch) -> None:
+        for tap, statistics in batch.seen.items():
+            self.seen[tap] = merge(self.seen[tap], statistics) if tap in self.seen else statistics
+        for tap, values in batch.kept.items():
+            for name in self.options.observers:
+                if (tap, name) not in self.live:
+                    self.live[tap, name] = live_observer(name, self.rows(tap))
+                self.live[tap, name].update(values)
 
     def finish(self) -> dict[str, Statistics]:
-        for (tap, name), observer in self._live.items():
+        for (tap, name), observer in self.live.items():
             self.seen[tap].live[name] = observer.threshold()
         return self.seen
 
@@ -101,14 +123,19 @@ def collect_block(
     options = options or Collect()
     check_finite(layer, weights)
     forward.load(layer, weights)
-    recorder = _Recorder(layer, options, replace, forward.config.num_kv_heads)
+    block = _Block(layer, options, replace, forward.config.num_kv_heads)
     taps = ALL_TAPS + LINEAR_TAPS if replace is not None else options.taps
     after = hidden.following()
-    for samples in hidden.batches(options.batch or max(1, BATCH_TOKENS // hidden.shape[1])):
-        out = forward.run(hidden.read(samples), hidden.lengths[samples], recorder, taps)
+
+    def run(samples: slice) -> tuple[_Batch, slice, Float]:
+        batch = _Batch(block)
+        return batch, samples, forward.run(hidden.read(samples), hidden.lengths[samples], batch, taps)
+
+    for batch, samples, out in forward.each(run, hidden.batches(options.batch or BATCH_TOKENS // hidden.shape[1] or 1)):
+        block.add(batch)
         if advance:
             after.write(samples.start, out)
-    return recorder.finish(), after if advance else hidden
+    return block.finish(), after if advance else hidden
 
 
 def advance_block(

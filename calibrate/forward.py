@@ -6,14 +6,16 @@ PaddlePaddle without any change to statistics, choices or simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from quantbench.infer.models import CACHE_TAPS, LINEARS, TAPS, ModelConfig
 
+T = TypeVar("T")
+R = TypeVar("R")
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
 TapHook = Callable[[str, Float], "Float | None"]
@@ -46,6 +48,9 @@ class BlockForward(Protocol):
         `tap_hook` is called for `taps` only, in the order attn_in, k, v, o_in, mlp_in, down_in (and, where `taps` has
         names of linears, for these linears' inputs too).
         """
+
+    def each(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`work(item)` for every item, in order; an implementer may work on several at once (`run` allows it)."""
 
     def head(self, hidden: Float, tap_hook: TapHook | None = None) -> Float:
         """Logits f32[..., V] of hidden states f32[..., D] after the last block (final norm included).

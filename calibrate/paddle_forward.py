@@ -8,58 +8,35 @@ bits) and come out without one where Paddle's device is the CPU.
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from quantbench.calibrate.forward import ALL_TAPS, HEAD_TAP, Float, Int, TapHook
-from quantbench.errors import CalibrationError, DependencyError
+from quantbench.calibrate.paddle_device import default_threads, each, import_paddle, select_device
+from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.models import ModelConfig, block_prefix, block_tensors
 
 Tensor = Any  # a paddle.Tensor; never leaves this file
+T = TypeVar("T")
+R = TypeVar("R")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-QUERY_CHUNK = 256  # queries per attention step: bounds the scores and skips keys that come after the chunk
+QUERY_CHUNK = 128  # queries per attention step: bounds the scores and skips keys that come after the chunk
 
 
-@cache
-def import_paddle() -> Any:
-    """The `paddle` module, quiet, with its threads set to the cores this process may use. Raises DependencyError."""
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or _cores()  # read before paddle sets it to 1
-    if _is_amd():
-        # Paddle's MKL (2019) takes a slow path on AMD unless told that the CPU has AVX2: 39 -> 99 GFLOP/s per core.
-        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import paddle
-        except ImportError as error:
-            raise DependencyError(
-                f"calibration computes with PaddlePaddle, which cannot be imported here ({error}). Install it with: "
-                'pip install "paddlepaddle>=3.3,<3.4" (CPU), or paddlepaddle-gpu of the same version for a GPU'
-            ) from error
-    paddle.base.core.set_num_threads(threads)
-    return paddle
+@dataclass(frozen=True)
+class _Taps:
+    """Who wants to see which taps of one call. It travels with the call, because several may run at once."""
+
+    hook: TapHook | None
+    wanted: Collection[str]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def _is_amd() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace")[:4096]
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Frame:
     """Where the real tokens are. `rows` i64[T] indexes them in the flat [S*L] frame; None = all of them are real."""
 
@@ -86,13 +63,14 @@ class PaddleForward:
     ) -> None:
         self.config = config
         self._read = read
+        self._threads = threads or default_threads()
         self._paddle = import_paddle()
-        self._select(device, threads)
+        self._paddle.base.core.set_num_threads(self._threads)
+        if device is not None:
+            select_device(self._paddle, device)
         self._layer = -1
         self._weights: dict[str, Tensor] = {}
         self._outer: dict[str, Tensor] = {}  # final norm and head, while `head` is in use
-        self._hook: TapHook | None = None
-        self._taps: Collection[str] = ()
 
     @classmethod
     def of(cls, source: ModelSource, *, device: str | None = None, threads: int | None = None) -> PaddleForward:
@@ -100,19 +78,6 @@ class PaddleForward:
             return source.read(name) if name == EMBEDDING else source.float_tensor(name)
 
         return cls(source.config, read, device=device, threads=threads)
-
-    def _select(self, device: str | None, threads: int | None) -> None:
-        if threads is not None:
-            self._paddle.base.core.set_num_threads(threads)
-        if device is None:
-            return
-        try:
-            self._paddle.set_device(device)
-        except (ValueError, RuntimeError) as error:
-            raise CalibrationError(
-                f"device {device!r} cannot be used by this PaddlePaddle ({error}). It has: "
-                f"{', '.join(['cpu', *self._paddle.device.get_available_device()])}"
-            ) from error
 
     def embed(self, ids: Int) -> Float:
         return np.asarray(self._read(EMBEDDING)[ids], np.float32)
@@ -132,22 +97,25 @@ class PaddleForward:
     def run(
         self, hidden: Float, lengths: Int, tap_hook: TapHook | None = None, taps: Collection[str] = ALL_TAPS
     ) -> Float:
-        self._hook, self._taps = tap_hook, taps
+        seen = _Taps(tap_hook, taps)
         with self._paddle.no_grad():
             frame = self._frame(hidden, lengths)
             x = self._flat(self._tensor(hidden).reshape([-1, hidden.shape[-1]]), frame)
-            x = x + self._attention_part(x, frame)
-            x = x + self._mlp_part(x)
+            x = x + self._attention_part(x, frame, seen)
+            x = x + self._mlp_part(x, seen)
             return self._array(self._framed(x, frame)).reshape(hidden.shape)
 
+    def each(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        on_cpu = str(self._paddle.get_device()) == "cpu"
+        return each(self._paddle, self._threads if on_cpu else 1, work, items)
+
     def head(self, hidden: Float, tap_hook: TapHook | None = None) -> Float:
-        self._hook, self._taps = tap_hook, (HEAD_TAP,)
         if not self._outer:
             self._weights = {}  # the head is often larger than a block: never both
             self._outer = {name: self._tensor(self._read(name)) for name in (NORM, HEAD)}
         with self._paddle.no_grad():
             x = self._rms(self._tensor(hidden).reshape([-1, hidden.shape[-1]]), self._outer[NORM])
-            x = self._tap(HEAD_TAP, x)
+            x = self._tap(HEAD_TAP, x, _Taps(tap_hook, (HEAD_TAP,)))
             logits = self._paddle.matmul(x, self._outer[HEAD], transpose_y=True)
             return self._array(logits).reshape(*hidden.shape[:-1], -1)
 
@@ -175,10 +143,10 @@ class PaddleForward:
         empty = self._paddle.zeros([frame.samples * frame.length, x.shape[-1]], dtype=x.dtype)
         return self._paddle.scatter(empty, frame.rows, x)
 
-    def _tap(self, name: str, x: Tensor) -> Tensor:
-        if self._hook is None or name not in self._taps:
+    def _tap(self, name: str, x: Tensor, seen: _Taps) -> Tensor:
+        if seen.hook is None or name not in seen.wanted:
             return x
-        replaced = self._hook(name, self._array(x))
+        replaced = seen.hook(name, self._array(x))
         return x if replaced is None else self._tensor(replaced)
 
     # The block
@@ -186,44 +154,54 @@ class PaddleForward:
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * self._paddle.rsqrt((x * x).mean(-1, keepdim=True) + self.config.norm_eps) * weight
 
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        x = self._tap(name, x)
+    def _linear(self, x: Tensor, name: str, seen: _Taps) -> Tensor:
+        x = self._tap(name, x, seen)
         y = self._paddle.matmul(x, self._weights[f"{name}.weight"], transpose_y=True)
         bias = self._weights.get(f"{name}.bias")
         return y if bias is None else y + bias
 
-    def _attention_part(self, x: Tensor, frame: _Frame) -> Tensor:
+    def _attention_part(self, x: Tensor, frame: _Frame, seen: _Taps) -> Tensor:
         c = self.config
-        x = self._tap("attn_in", self._rms(x, self._weights["input_layernorm.weight"]))
-        q = self._linear(x, "self_attn.q_proj").reshape([-1, c.num_heads, c.head_dim])
-        k = self._linear(x, "self_attn.k_proj").reshape([-1, c.num_kv_heads, c.head_dim])
-        v = self._linear(x, "self_attn.v_proj").reshape([-1, c.num_kv_heads, c.head_dim])
+        x = self._tap("attn_in", self._rms(x, self._weights["input_layernorm.weight"]), seen)
+        q = self._linear(x, "self_attn.q_proj", seen).reshape([-1, c.num_heads, c.head_dim])
+        k = self._linear(x, "self_attn.k_proj", seen).reshape([-1, c.num_kv_heads, c.head_dim])
+        v = self._linear(x, "self_attn.v_proj", seen).reshape([-1, c.num_kv_heads, c.head_dim])
         if c.qk_norm:
             q = self._rms(q, self._weights["self_attn.q_norm.weight"])
             k = self._rms(k, self._weights["self_attn.k_norm.weight"])
         cos, sin = self._rotation(frame)
-        q, k = _rotate(self._paddle, q, cos, sin), self._tap("k", _rotate(self._paddle, k, cos, sin))
-        o = self._attention(q, k, self._tap("v", v), frame)
-        return self._linear(self._tap("o_in", o), "self_attn.o_proj")
+        q = _rotate(self._paddle, q, cos, sin)
+        k = self._tap("k", _rotate(self._paddle, k, cos[:, : c.num_kv_heads], sin[:, : c.num_kv_heads]), seen)
+        o = self._attention(q, k, self._tap("v", v, seen), frame)
+        return self._linear(self._tap("o_in", o, seen), "self_attn.o_proj", seen)
 
-    def _mlp_part(self, x: Tensor) -> Tensor:
-        x = self._tap("mlp_in", self._rms(x, self._weights["post_attention_layernorm.weight"]))
-        gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
-        return self._linear(self._tap("down_in", self._paddle.nn.functional.swiglu(gate, up)), "mlp.down_proj")
+    def _mlp_part(self, x: Tensor, seen: _Taps) -> Tensor:
+        x = self._tap("mlp_in", self._rms(x, self._weights["post_attention_layernorm.weight"]), seen)
+        gate, up = self._linear(x, "mlp.gate_proj", seen), self._linear(x, "mlp.up_proj", seen)
+        return self._linear(
+            self._tap("down_in", self._paddle.nn.functional.swiglu(gate, up), seen), "mlp.down_proj", seen
+        )
 
     def _rotation(self, frame: _Frame) -> tuple[Tensor, Tensor]:
-        """cos and sin f32[T, 1, head_dim/2] of each real token's position."""
+        """cos and sin f32[T, H, head_dim/2] of each real token's position, repeated for every head: Paddle multiplies
+        by a middle axis of one seven times slower than by a whole array.
+        """
         inverse = self.config.rope.inverse_frequencies(self.config.head_dim, frame.length)
         angles = np.arange(frame.length, dtype=np.float32)[:, None] * inverse
-        of_token = angles[frame.positions][:, None, :]
-        return self._tensor(np.cos(of_token)), self._tensor(np.sin(of_token))
+        shape = (len(frame.positions), self.config.num_heads, angles.shape[1])
+        cos, sin = (f(angles)[frame.positions][:, None, :] for f in (np.cos, np.sin))
+        return self._tensor(np.broadcast_to(cos, shape)), self._tensor(np.broadcast_to(sin, shape))
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, frame: _Frame) -> Tensor:
         """Causal grouped-query attention of [T, heads, d]; -> [T, H*d]."""
         c = self.config
         groups = c.num_heads // c.num_kv_heads
         q, k, v = (self._framed(x.reshape([x.shape[0], -1]), frame) for x in (q, k, v))
-        q = q.reshape([frame.samples, frame.length, c.num_kv_heads, groups, c.head_dim]).transpose([0, 2, 3, 1, 4])
+        q = (
+            (q * c.head_dim**-0.5)
+            .reshape([frame.samples, frame.length, c.num_kv_heads, groups, c.head_dim])
+            .transpose([0, 2, 3, 1, 4])
+        )
         k, v = (
             x.reshape([frame.samples, frame.length, c.num_kv_heads, c.head_dim]).transpose([0, 2, 1, 3]) for x in (k, v)
         )
@@ -241,10 +219,11 @@ class PaddleForward:
         window = self.config.window_of(self._layer)
         first = 0 if window is None else max(0, start - window + 1)
         k, v = k[:, :, first : start + n], v[:, :, first : start + n]
-        scores = self._paddle.matmul(q.reshape([samples, heads, groups * n, d]), k, transpose_y=True) * d**-0.5
-        scores = scores.reshape([samples, heads, groups, n, -1]) + self._tensor(_mask(start, n, first, window))
-        weights = self._paddle.nn.functional.softmax(scores, axis=-1)
-        o = self._paddle.matmul(weights.reshape([samples, heads, groups * n, -1]), v)
+        scores = self._paddle.matmul(q.reshape([samples, heads, groups * n, d]), k, transpose_y=True)
+        scores = scores.reshape([samples, heads, groups, n, -1])
+        scores.add_(self._tensor(_mask(start, n, first, window)))  # in place: fresh pages cost as much as the sums
+        self._paddle.nn.functional.softmax_(scores)
+        o = self._paddle.matmul(scores.reshape([samples, heads, groups * n, -1]), v)
         return o.reshape([samples, heads, groups, n, d])
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.calibrate.forward import Float
-from quantbench.calibrate.paddle_forward import import_paddle
+from quantbench.calibrate.paddle_device import import_paddle
 from quantbench.errors import CalibrationError, DependencyError
 from quantbench.registry import Registry
 
