@@ -24,8 +24,8 @@ from quantbench.quantizers.weight import QuantizedWeight, expand
 from quantbench.scales.lint import Finding
 from quantbench.vocabulary import BLOCK_SHAPE
 
-# Share of codes at the end of the range above which a scale is probably too small. Absmax puts one code of each
-# scale's span there, and a coarse format several, so the limit lies well above those.
+# Share of codes at the end of the range above which a scale is probably too small. Absmax itself puts one code of
+# each scale's span there (that share is allowed on top, twice), and a coarse format several.
 _SATURATED = {"int8": 0.01, "int4": 0.15, "fp8_e4m3": 0.01}
 _UNUSED = 4.0  # a scale this many times larger than its codes need wastes two bits
 
@@ -99,7 +99,7 @@ def _code_messages(weight: QuantizedWeight) -> Iterator[str]:
     if dead:
         yield f"{dead} of {distance.shape[0]} outputs have only zero codes"
     rate = saturation(weight)
-    if rate > _SATURATED[weight.format]:
+    if rate > _SATURATED[weight.format] + 2 * weight.scale.size / weight.codes.size:
         yield f"{rate:.1%} of the codes are at the end of the range; the scale may be too small"
     if weight.zero is None:
         highest = _highest(distance, weight)
@@ -123,12 +123,13 @@ def _zero(weight: QuantizedWeight) -> F32:
 
 
 def _highest(distance: F32, weight: QuantizedWeight) -> F32:
-    """The largest code under each scale, shaped like the scale."""
+    """The largest code under each scale, one per scale."""
     if weight.granularity == "tensor":
-        return distance.reshape(1, -1).max(axis=1)
-    if weight.granularity == "channel":
-        return distance.max(axis=1)[:, None]
-    height, width = (1, weight.group_size) if weight.granularity == "group" else BLOCK_SHAPE
+        height, width = distance.shape
+    elif weight.granularity == "block":
+        height, width = BLOCK_SHAPE
+    else:
+        height, width = 1, weight.group_size or distance.shape[1]
     tall = np.maximum.reduceat(distance, range(0, distance.shape[0], height), axis=0)
-    spans: F32 = np.maximum.reduceat(tall, range(0, distance.shape[1], width or 1), axis=1)
+    spans: F32 = np.maximum.reduceat(tall, range(0, distance.shape[1], width), axis=1)
     return spans

@@ -111,7 +111,7 @@ class CheckpointWriter:
             write_atomically(identity, self._identity.encode())
         elif identity.read_text() != self._identity:
             raise CheckpointError(
-                f"{self.partial}: begun from another model or plan, so its blocks are of no use. Remove it and start again"
+                f"{self.partial}: begun from another model or plan; its blocks are of no use. Remove it and start again"
             )
 
     def _finished(self) -> bool:
