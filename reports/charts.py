@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from quantbench.reports.figures import INK, MAP, MUTED, PALETTE, STYLE, canvas, series_of, svg
@@ -18,10 +19,10 @@ Report = dict[str, Any]
 Chart = Callable[[Report], "str | None"]
 
 
-def charts(report: Report) -> dict[str, str]:
-    """{name: SVG} of every figure that `report` has numbers for."""
+def charts(report: Report, shown: Iterable[str]) -> dict[str, str]:
+    """{name: SVG} of every figure in `shown` that `report` has numbers for."""
     with matplotlib.rc_context(STYLE):
-        drawn = {name: draw(report) for name, draw in CHARTS.items()}
+        drawn = {name: CHARTS[name](report) for name in shown}
     return {name: text for name, text in drawn.items() if text is not None}
 
 
@@ -40,8 +41,8 @@ def accuracy_speed(report: Report) -> str | None:
         area = 40 + 260 * size
         axes.scatter(speed, 100 * increase, s=area, color=style.color, marker=style.marker, alpha=0.9, linewidths=0)
     _percent_axis(axes, [100 * p[1] for p in points.values()])
-    _label_points(axes, {name: (p[0], 100 * p[1]) for name, p in points.items()})
-    limits = {g["limit"] for g in report["gates"] if g["gate"] == "perplexity_increase"}
+    _label_points(figure, axes, {name: (p[0], 100 * p[1]) for name, p in points.items()})
+    limits = {g["limit"] for g in report["gates"] if g["name"] == "perplexity_increase"}
     for limit in sorted(limits):
         axes.axhline(100 * limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(f"gate {percent(limit)}", (0.01, 100 * limit), xycoords=("axes fraction", "data"),
@@ -74,9 +75,9 @@ def _percent_axis(axes: Axes, values: list[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
 
 
-def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+def _label_points(figure: Figure, axes: Axes, points: dict[str, tuple[float, float]]) -> None:
     """Names beside the marks, pushed down where two would overlap (in pixels, from the top down)."""
-    axes.figure.draw_without_rendering()
+    figure.draw_without_rendering()
     pixel = {name: axes.transData.transform(point) for name, point in points.items()}
     placed: list[tuple[float, float, float]] = []  # left, right, height of every label so far
     middle = axes.transAxes.transform((0.62, 0))[0]
@@ -87,7 +88,7 @@ def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
         while any(abs(y - other) < LINE_PX and left < end and start < right for start, end, other in placed):
             y -= 3
         placed.append((left, right, y))
-        offset = (-11 if x > middle else 11, (y - pixel[name][1]) * 72 / axes.figure.dpi)
+        offset = (-11 if x > middle else 11, (y - pixel[name][1]) * 72 / figure.dpi)
         axes.annotate(name, points[name], xytext=offset, textcoords="offset points", fontsize=9, color=INK,
                       ha="right" if x > middle else "left", va="center")  # fmt: skip
 
@@ -115,7 +116,12 @@ def sqnr(report: Report) -> str | None:
             if not known:
                 continue
             style = series[name]
-            look: dict[str, Any] = {"color": style.color, "marker": style.marker, "linestyle": style.dashes, "markersize": 3.4}
+            look: dict[str, Any] = {
+                "color": style.color,
+                "marker": style.marker,
+                "linestyle": style.dashes,
+                "markersize": 3.4,
+            }
             axes.plot(*zip(*known, strict=True), label=name, **look)
         axes.set_title(title)
         axes.set_xlabel("block")
@@ -243,11 +249,10 @@ def memory(report: Report) -> str | None:
             axes.barh(at, width, left=left, height=0.62, color=PALETTE[index % len(PALETTE)], label=kind)
             left += width
     peaks = [(r["size"]["peak_rss_bytes"], y) for r, y in zip(records.values(), at, strict=True)]
-    known = [(value / 1e6, y) for value, y in peaks if value]
+    known = [(value / 1e6, float(y)) for value, y in peaks if value]
     if known:
-        axes.scatter(
-            *zip(*known, strict=True), marker="|", s=180, color=INK, linewidths=1.8, label="process at its peak"
-        )
+        across, up = zip(*known, strict=True)
+        axes.scatter(across, up, marker="|", s=180, color=INK, linewidths=1.8, label="process at its peak")
     axes.set_yticks(at, list(records))
     axes.tick_params(axis="y", colors=INK, length=0)
     axes.grid(axis="y", visible=False)

@@ -24,7 +24,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 FLOAT_GREYS = ("#7f8790", "#a9b0b7", "#5c636a")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 MAP = "cividis"  # perceptually even, made for colour-blind readers
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quantbench",
     "font.family": "sans-serif",

@@ -168,13 +168,13 @@ class Plan(_Record):
 
 
 class Gate(_Record):
+    name: str  # "perplexity_increase", "decode_speedup", …
     variant: str
-    gate: str  # "perplexity_increase", "decode_speedup", …
     limit: float
     value: float
     interval: Interval | None = None
     passed: bool
-    sentence: str  # "a8w8: perplexity_increase +3.70% meets the limit of at most +5.00%"
+    why: str  # "a8w8: perplexity_increase +3.70% meets the limit of at most +5.00%"
 
 
 class Gates(_Record):

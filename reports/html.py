@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from quantbench.reports import advice, formatting
-from quantbench.reports.charts import charts
+from quantbench.reports.charts import CHARTS, charts
 from quantbench.reports.figures import series_of
 from quantbench.reports.report import write_text
 from quantbench.reports.terminal import first_batch, variant_style
@@ -18,23 +19,30 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def render_html(report: dict[str, Any]) -> str:
     """The page of `report` (see `build_report`). The same report gives the same bytes."""
-    figures = charts(report)
-    quantized = [name for name, record in report["variants"].items() if record["worst"]]
+    return page("report.html.j2", report, CHARTS)
+
+
+def page(template: str, report: dict[str, Any], shown: Iterable[str]) -> str:
+    """`template` with the tables of `report` and those figures in `shown` that it has numbers for."""
+    figures = charts(report, shown)
     return (
         environment()
-        .get_template("report.html.j2")
+        .get_template(template)
         .render(
             report=report,
             figures=figures,
-            key_figures=[name for name in ("accuracy_speed", "activation_ranges", "sqnr") if name in figures][:2],
+            key_figures=[name for name in KEY_FIGURES if name in figures][:2],
             batch=first_batch(report),
             series=series_of(report),
             levels={name: _level(report, name) for name in report["variants"]},
             groups=_groups(report["findings"]),
-            quantized=quantized,
+            quantized=[name for name, record in report["variants"].items() if record["worst"]],
             limits=advice,
         )
     )
+
+
+KEY_FIGURES = ("accuracy_speed", "activation_ranges", "sqnr")  # the first two there are go on the first screen
 
 
 def write_html(report: dict[str, Any], path: Path) -> Path:

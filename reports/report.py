@@ -36,6 +36,7 @@ def build_report(run: Run) -> dict[str, Any]:
     findings.sort(key=lambda f: advice.SEVERITIES.index(f.severity))
     report = {
         "schema": SCHEMA,
+        "passed": all(gate.passed for gate in run.gates),
         "run": {"name": run.name, "path": run.path.as_posix(), "model": _model(run), "baseline": baseline},
         "conditions": _conditions(run),
         "verdict": {},
@@ -53,8 +54,8 @@ def build_report(run: Run) -> dict[str, Any]:
     return finite
 
 
-def write_report(report: dict[str, Any], path: Path) -> Path:
-    """Writes `report` as JSON to `path`: to a temporary file first, then renamed."""
+def write_json(report: dict[str, Any], path: Path) -> Path:
+    """Writes `report` as JSON to `path`, in one step."""
     return write_text(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -43,7 +43,7 @@ def _fit(report: dict[str, Any], name: str, record: dict[str, Any]) -> bool:
         return False
     if any(f["variant"] == name and f["severity"] == "bad" for f in report["findings"]):
         return False
-    limited = any(gate["gate"] == "perplexity_increase" for gate in record["gates"])
+    limited = any(gate["name"] == "perplexity_increase" for gate in record["gates"])
     return limited or max(increases) < INCREASE_NOTICEABLE
 
 
@@ -80,7 +80,7 @@ def _gate_sentences(gates: list[dict[str, Any]], failed: list[dict[str, Any]]) -
         return []
     if not failed:
         return [{"level": "ok", "text": f"All {len(gates)} gates hold."}]
-    told = "; ".join(gate["sentence"] for gate in failed)
+    told = "; ".join(gate["why"] for gate in failed)
     return [{"level": "bad", "text": f"{len(failed)} of {len(gates)} gates fail: {told}."}]
 
 

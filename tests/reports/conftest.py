@@ -294,11 +294,10 @@ def _gates() -> dict[str, Any]:
 
 
 def _gate(variant: str, gate: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
-    bounds = [value - 0.006, value + 0.006]
     told = f"{variant}: {gate} {value:.3f} {'meets' if passed else 'misses'} the limit of {limit:.3f}"
     return {
-        "variant": variant, "gate": gate, "limit": limit, "value": value, "interval": bounds, "passed": passed,
-        "sentence": told,
+        "variant": variant, "name": gate, "limit": limit, "value": value, "passed": passed,
+        "why": told,
     }  # fmt: skip
 
 
