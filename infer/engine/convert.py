@@ -61,6 +61,6 @@ def round_to_nearest(w: F32, format: str) -> QuantizedWeight:
 
 
 def _absmax(w: F32, granularity: str, group: int | None) -> F32:
-    if granularity == "tensor":
-        return np.abs(w).max().reshape(1)
-    return np.abs(w.reshape(w.shape[0], -1, group or w.shape[1])).max(axis=2)
+    rows = w.reshape(1 if granularity == "tensor" else w.shape[0], -1)
+    absmax: F32 = np.abs(rows.reshape(rows.shape[0], -1, group or rows.shape[1])).max(axis=2)
+    return absmax.reshape(-1) if granularity == "tensor" else absmax

@@ -17,7 +17,7 @@ def weight_bytes(model: Model) -> int:
     """Bytes of all weights in memory; a tied embedding counts once."""
     norms = [n for layer in model.layers for n in (layer.attn_norm, layer.mlp_norm, *(layer.qk_norms or ()))]
     packed = {id(p): p.nbytes for p in [*packed_linears(model), model.embedding]}
-    return sum(packed.values()) + sum(n.nbytes for n in [*norms, model.norm])
+    return sum(packed.values()) + sum(int(n.nbytes) for n in [*norms, model.norm])
 
 
 def bytes_per_token(model: Model, cache_format: str, batch: int, context: int) -> float:

@@ -17,6 +17,7 @@ from quantbench.errors import ModelError, RequestError
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
 from quantbench.infer.engine import cost
+from quantbench.infer.engine.beam import Beam, BeamParams, BeamSearch
 from quantbench.infer.engine.cache import KVCache
 from quantbench.infer.engine.limits import check_ids, limits_of
 from quantbench.infer.engine.mode import resolve_mode
@@ -28,6 +29,7 @@ from quantbench.infer.engine.text import TextStream
 from quantbench.infer.engine.trace import Trace
 from quantbench.infer.engine.weights import load_model
 from quantbench.infer.ops import Ops, load_ops
+from quantbench.infer.ops.cpu import set_threads
 from quantbench.vocabulary import Mode
 
 F32 = npt.NDArray[np.float32]
@@ -61,7 +63,8 @@ class Engine:
 
         `mode` None: as stored. A float source also loads as fp32, bf16, fp16 (cast) or weight_only_int8,
         weight_only_int4, a8w8, a8w8_fp8 (round-to-nearest, activations dynamic per token). `cache_tokens` bounds all
-        sequences together, `max_batch` how many run at once, `chunk` the prompt tokens of one step.
+        sequences together, `max_batch` how many run at once, `chunk` the prompt tokens of one step. `threads` sets
+        the pool that all native engines of the process share.
         Raises ModelError, CheckpointError (see `open_model`), RequestError (mode, sizes), DependencyError (ops).
         """
         begin = time.perf_counter()
@@ -69,8 +72,8 @@ class Engine:
         own, converts = resolve_mode(source, mode)
         limits = limits_of(source.config, own.cache, cache_tokens, max_batch, chunk)
         table = load_ops(ops) if isinstance(ops, str) else ops
-        if threads is not None:
-            table.set_threads(threads)
+        if threads is not None and table.name == "cpu":
+            set_threads(threads)
         weights = load_model(source, table, own if converts else None)
         scales = [source.cache_scales(layer) for layer in range(source.config.num_layers)]
         cache = KVCache(source.config, own.cache, limits.cache_tokens, scales)
@@ -154,6 +157,16 @@ class Engine:
                 reason = output.finish_reason
                 yield Token(output.token, output.text, reason)
 
+    def beam_search(self, prompt: Sequence[int], params: BeamParams | None = None) -> list[Beam]:
+        """The best continuations by length-normalized log-probability, best first.
+
+        Raises RequestError as `add` does, and where running requests leave too few cache pages.
+        """
+        wanted = params or BeamParams()
+        check_ids(prompt, self.config, self.limits.max_length - 1, self.limits.reason)
+        ends = self._stop_ids(wanted.stop_token_ids, wanted.ignore_eos)
+        return BeamSearch(self.runner, [int(i) for i in prompt], wanted, ends).run()
+
     def add(self, request: Request) -> int:
         """Queues a request and returns its number. Raises RequestError for an empty prompt, one too long for the
         model's positions or the cache, ids outside the vocabulary, and stop strings without a tokenizer."""
@@ -208,28 +221,37 @@ class Engine:
         """A request checked and made ready to queue."""
         p, prompt = request.params, request.prompt
         check_ids(prompt, self.config, self.limits.max_length - 1, self.limits.reason)
-        if bad := [i for i in p.stop_token_ids if not 0 <= i < self.config.vocab_size]:
-            raise RequestError(f"stop_token_ids: {bad} are outside the vocabulary of {self.config.vocab_size}")
-        tokenizer = self._optional_tokenizer(p)
-        ends = self.config.eos_token_ids + (tokenizer.eos_ids if tokenizer else ())
-        stop_ids = set(p.stop_token_ids) | {i for i in ends if i < self.config.vocab_size and not p.ignore_eos}
+        stop_ids = self._stop_ids(p.stop_token_ids, p.ignore_eos)
+        tokenizer = self._optional_tokenizer()
+        if p.stop and tokenizer is None:
+            raise RequestError(
+                f"stop: {self.source.name} has no tokenizer to find stop strings with; use stop_token_ids"
+            )
         self._next += 1
         return Running(
             number=self._next,
             tokens=[int(i) for i in prompt],
             prompt_length=len(prompt),
             limit=min(len(prompt) + p.max_tokens, self.limits.max_length),
-            sampler=Sampler(p, frozenset(stop_ids)),
+            sampler=Sampler(p, stop_ids),
             text=TextStream(tokenizer.stream(), p.stop) if tokenizer and p.detokenize else None,
         )
 
-    def _optional_tokenizer(self, params: SamplingParams) -> Tokenizer | None:
+    def _stop_ids(self, asked: tuple[int, ...], ignore_eos: bool) -> frozenset[int]:
+        """The ids after which a request ends. Raises RequestError for asked ones outside the vocabulary."""
+        if bad := [i for i in asked if not 0 <= i < self.config.vocab_size]:
+            raise RequestError(f"stop_token_ids: {bad} are outside the vocabulary of {self.config.vocab_size}")
+        if ignore_eos:
+            return frozenset(asked)
+        tokenizer = self._optional_tokenizer()
+        ends = self.config.eos_token_ids + (tokenizer.eos_ids if tokenizer else ())
+        return frozenset(asked) | {i for i in ends if i < self.config.vocab_size}
+
+    def _optional_tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None for a model without one, whose completions are ids only."""
         try:
             return self.tokenizer
-        except ModelError as error:
-            if params.stop:
-                raise RequestError(f"stop: stop strings need the model's tokenizer. {error}") from None
+        except ModelError:
             return None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quantbench.errors import CheckpointError
+from quantbench.errors import CalibrationError, CheckpointError
 from quantbench.infer.models import ModelConfig, block_prefix
 from quantbench.infer.ops import PAGE, Activation, ActSpec, Batch, LayerCache, Ops, Packed
 
@@ -90,7 +90,7 @@ def run_layers(
             a = ops.add_norm(x, delta, layer.mlp_norm, eps, layer.gate_up.spec)
             a = ops.silu_mul(project(ops, a, layer.gate_up), layer.down.spec)
             delta = project(ops, a, layer.down)
-    except CheckpointError as error:
+    except (CheckpointError, CalibrationError) as error:
         raise CheckpointError(f"{block_prefix(number)}: {error}") from None
     return x, delta
 

@@ -28,13 +28,17 @@ class Runner:
 
     def step(self, work: list[Chunk]) -> tuple[list[Running], F32]:
         """Computes `work`. Returns the sequences whose newest token was in it, and the logits f32[S, V] after it."""
-        batch = batch_of([Rows(c.ids, c.start, c.sequence.pages) for c in work])
-        x, delta = run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
         last = [i for i, chunk in enumerate(work) if chunk.last]
-        if not last:
-            return [], np.empty((0, self.model.config.vocab_size), np.float32)
-        rows = batch.starts[1:][last].astype(np.int64) - 1
-        return [work[i].sequence for i in last], logits_of(self.ops, self.model, x, delta, rows)
+        logits = self.compute([Rows(c.ids, c.start, c.sequence.pages) for c in work], last)
+        return [work[i].sequence for i in last], logits
+
+    def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
+        """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""
+        batch = batch_of(rows)
+        x, delta = run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
+        if not wanted:
+            return np.empty((0, self.model.config.vocab_size), np.float32)
+        return logits_of(self.ops, self.model, x, delta, batch.starts[1:][wanted].astype(np.int64) - 1)
 
     def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
         """Logits of every position of one window, as (start, f32[chunk, V])."""

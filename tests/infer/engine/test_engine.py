@@ -267,7 +267,9 @@ def test_other_bad_requests(load: Load) -> None:
         engine.generate([[1], [2]], [SamplingParams()])
     with pytest.raises(RequestError, match=r"stop_token_ids: \[97\] are outside the vocabulary of 97"):
         engine.add(Request([1], SamplingParams(stop_token_ids=(97,))))
-    with pytest.raises(RequestError, match="stop strings need the model's tokenizer"):
+    with pytest.raises(
+        RequestError, match="stop: llama has no tokenizer to find stop strings with; use stop_token_ids"
+    ):
         engine.add(Request([1], SamplingParams(stop=("x",))))
     with pytest.raises(ModelError, match=r"tokenizer\.json is absent"):
         _ = engine.tokenizer
