@@ -1,7 +1,7 @@
 """What this machine can do at best with the threads in use, measured, not looked up: the denominators of every share.
 
-The native kernels measure themselves with the instruction set they run with: reading a buffer far larger than the
-caches, and the inner products of their own matrix kernels on registers. The numpy column is measured through numpy.
+The native kernels measure themselves with the instruction set they run with: summing a buffer far larger than the
+caches, and multiply-accumulate on registers. The numpy column is measured through numpy.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable
 import numpy as np
 
 from quantbench.errors import DependencyError, unknown
-from quantbench.infer.validate.machine import native_kernels
+from quantbench.infer.ops.cpu import CpuOps, set_threads
 from quantbench.infer.validate.roofline import Ceilings
 
 READ_BYTES = 256 << 20
-SIZE = 768
+ROUNDS = 8  # of reading; the best counts
+PEAK_SECONDS = 0.15
+SIZE = 768  # of the numpy column's matrix product
 
 
 def measure_ceilings(ops: str = "cpu", threads: int | None = None) -> Ceilings:
@@ -28,8 +30,10 @@ def measure_ceilings(ops: str = "cpu", threads: int | None = None) -> Ceilings:
         return _numpy_ceilings()
     if ops != "cpu":
         raise DependencyError(unknown("operations backend", ops, ("cpu", "reference")))
-    measured = native_kernels().ceilings(threads or 0)
-    return Ceilings(*(float(measured[k]) for k in ("read_gb_per_s", "float32_gop_per_s", "int8_gop_per_s")))
+    kernels = CpuOps().kernels
+    set_threads(threads)
+    read = kernels.read_gb_per_s(READ_BYTES, ROUNDS)
+    return Ceilings(read, kernels.gop_per_s(False, PEAK_SECONDS), kernels.gop_per_s(True, PEAK_SECONDS))
 
 
 def _numpy_ceilings() -> Ceilings:
@@ -41,7 +45,7 @@ def _numpy_ceilings() -> Ceilings:
     return Ceilings(read, peak, peak)
 
 
-def best_seconds(work: Callable[[], object], rounds: int = 4) -> float:
+def best_seconds(work: Callable[[], object], rounds: int = ROUNDS) -> float:
     """The shortest of `rounds` runs after one to warm up: a ceiling is what the machine can do undisturbed."""
     work()
     times = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import platform
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from quantbench import __version__
 from quantbench.errors import DependencyError
+from quantbench.infer.ops.cpu import CpuOps
 
 
 def describe_machine(threads: int | None = None) -> dict[str, Any]:
@@ -32,20 +32,11 @@ def describe_machine(threads: int | None = None) -> dict[str, Any]:
     }
 
 
-def native_kernels() -> Any:
-    """The compiled extension. Raises DependencyError where it is not built."""
-    try:
-        return importlib.import_module("quantbench._kernels")
-    except ImportError as error:
-        raise DependencyError(
-            f"the compiled kernels cannot be loaded ({error}); build them with `pip install .` (needs g++ and cmake)"
-        ) from error
-
-
 def chosen_isa() -> str:
-    """Instruction set of the kernels in use; "none" where the native extension is not built."""
+    """Instruction set the native kernels run with; "none" where they are not built or QUANTBENCH_ISA asks for one
+    that this processor lacks (loading an engine then says so)."""
     try:
-        return str(native_kernels().isa())
+        return CpuOps().isa
     except DependencyError:
         return "none"
 

@@ -1,0 +1,25 @@
+import os
+
+from quantbench.infer.validate.machine import cpu_model, describe_machine, memory_bytes, usable_cores
+
+
+def test_the_description_holds_what_a_figure_needs():
+    machine = describe_machine(threads=1)
+    assert machine["threads"] == 1
+    assert describe_machine()["threads"] == machine["cores"] == len(os.sched_getaffinity(0)) == usable_cores()
+    assert machine["memory_bytes"] > 1 << 28
+    assert machine["isa"] in ("none", "generic", "avx2", "avx512vnni")
+    assert {"cpu", "os", "python", "numpy", "quantbench", "date"} <= machine.keys()
+    assert all(machine.values())
+
+
+def test_cpu_and_memory_are_read_from_the_kernels_files(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast CPU @ 3GHz\n")
+    (tmp_path / "meminfo").write_text("MemTotal:       1024 kB\n")
+    assert cpu_model(tmp_path / "cpuinfo") == "Fast CPU @ 3GHz"
+    assert memory_bytes(tmp_path / "meminfo") == 1 << 20
+
+
+def test_a_system_without_these_files_still_has_a_description(tmp_path):
+    assert cpu_model(tmp_path / "none")
+    assert memory_bytes(tmp_path / "none") == 0
