@@ -86,11 +86,11 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return path_of
 
 
-@pytest.fixture
-def load(model_path: Callable[[str], Path]) -> Callable[..., Engine]:
-    """`load(name, mode, **options)`: an engine on the reference ops unless told otherwise."""
+@pytest.fixture(params=["reference", "cpu"])
+def load(request: pytest.FixtureRequest, model_path: Callable[[str], Path]) -> Callable[..., Engine]:
+    """`load(name, mode, **options)`: an engine; every test that asks for it runs on both columns of the op table."""
 
     def engine_of(name: str, mode: str | None = None, **options: Any) -> Engine:
-        return Engine.load(str(model_path(name)), mode, **({"ops": "reference"} | options))
+        return Engine.load(str(model_path(name)), mode, **({"ops": request.param} | options))
 
     return engine_of
