@@ -78,7 +78,7 @@ def observe(x: F32, rows: int = 1, hessian: bool = False) -> Statistics:
         limit=limit,
         channel_absmax=channel_absmax,
         channel_sum=np.add.reduce(x, axis=0, dtype=np.float64),
-        hessian=(x.T @ x).astype(np.float64) if hessian else None,
+        hessian=_outer(x, absmax) if hessian else None,
     )
 
 
@@ -204,11 +204,11 @@ def _tap(tap: str, arrays: dict[str, Array]) -> Statistics:
 
 
 def _checked(x: F32, rows: int) -> F32:
-    flat = np.ascontiguousarray(x, np.float32).reshape(len(x), -1)
-    if flat.size == 0 or flat.shape[1] % rows:
+    if x.size == 0 or (x.size // len(x)) % rows:
         raise CalibrationError(
             f"cannot observe an array of shape {x.shape} in {rows} rows: no values, or not divisible"
         )
+    flat = np.ascontiguousarray(x, np.float32).reshape(len(x), -1)
     peak = np.abs(flat).max()  # NaN propagates
     if not np.isfinite(peak):
         bad = ~np.isfinite(flat)
@@ -233,6 +233,12 @@ def _histogram(magnitude: F32, limit: F32) -> I64:
         bins = (values * np.float32(BINS / float(top))).astype(np.int32)
         counts[row] = np.bincount(bins, minlength=BINS)
     return counts
+
+
+def _outer(x: F32, absmax: F32) -> F64:
+    """Sum over tokens of x xT. float32 products, as the native kernel's; float64 where their sum could overflow."""
+    wide = x.astype(np.float64) if absmax.max() >= 2.0**50 else x
+    return (wide.T @ wide).astype(np.float64)
 
 
 def _require_equal_live(a: Statistics, b: Statistics) -> None:
