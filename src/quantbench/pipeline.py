@@ -25,6 +25,7 @@ from quantbench.recipes.plan import Plan, make_plan
 from quantbench.recipes.plan_file import plan_json
 from quantbench.recipes.schema import Recipe
 from quantbench.recipes.seal import Seal
+from quantbench.reports import write_report
 from quantbench.reports.progress import Progress
 from quantbench.validation import GATES_FILE, MEASUREMENTS, judge, validate
 

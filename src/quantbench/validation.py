@@ -131,7 +131,7 @@ def judge(folder: Path, recipe: Recipe) -> list[GateResult]:
         name: json.loads((folder / name).read_text()) if (folder / name).exists() else None for name in MEASUREMENTS
     }
     asked = {v.name: recipe.gates.of(v.name) for v in recipe.modes}
-    results = evaluate_gates(asked, *(read[name] for name in MEASUREMENTS), sizes(folder))
+    results = evaluate_gates(asked, *read, sizes(folder))
     rows = [
         {
             "name": r.gate,

@@ -34,13 +34,9 @@ def traps() -> list[str]:
     found = []
     numpy = version_of("numpy") or "0"
     if tuple(int(part) for part in numpy.split(".")[:2]) >= (2, 4):
-        found.append(
-            f"numpy {numpy}: paddle 3.3 needs numpy < 2.4 (float() of a tensor raises): pip install 'numpy<2.4'"
-        )
+        found.append(f"numpy {numpy}: float() of a tensor raises in paddle 3.3: pip install 'numpy<2.4'")
     if version_of("opencv-python") == "4.6.0.66":
-        found.append(
-            "opencv-python 4.6.0.66 breaks on numpy 2 and PaddleSlim never uses it: pip uninstall opencv-python"
-        )
+        found.append("opencv-python 4.6.0.66 breaks on numpy 2, and PaddleSlim never uses it: pip uninstall it")
     if version_of("paddlepaddle") and version_of("paddlepaddle-gpu"):
         found.append("paddlepaddle and paddlepaddle-gpu exclude each other: uninstall one")
     return found

@@ -18,16 +18,10 @@ def calibrate(
     recipe: Recipe,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the run folder holds.")] = False,
-    start: Annotated[
-        str | None, typer.Option("--from", help="Redo from a stage: collect, choose, validate, report.")
-    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Redo from: collect, choose, validate, report")] = None,
     overrides: Set = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="Device of the calibration forward, e.g. gpu:0.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan only: decide every layer and forecast, then stop.")
-    ] = False,
+    device: Annotated[str | None, typer.Option("--device", help="What Paddle runs on: cpu, gpu:0")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, then stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """The whole job: calibrate, export, serve the exported bytes, report. Exit code 1 if a gate fails."""
