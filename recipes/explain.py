@@ -27,7 +27,14 @@ _BOUNDS = {
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[tuple[Path, str]]:
     """Path and sentence of every finding."""
-    return [(tuple(e["loc"]), _sentence(e, root)) for e in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    paths = [tuple(e["loc"]) for e in found]
+    return [(at, _sentence(e, root)) for e, at in zip(found, paths, strict=True) if not _echo(e["type"], at, paths)]
+
+
+def _echo(kind: str, at: Path, paths: list[Path]) -> bool:
+    """A list whose items are all wrong is also reported as too short."""
+    return kind == "too_short" and any(len(p) > len(at) and p[: len(at)] == at for p in paths)
 
 
 def _sentence(e: Any, root: type[BaseModel]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -47,7 +48,7 @@ def versions() -> dict[str, str]:
 def write_lock(
     recipe: Recipe, path: Path, model_sha256: str, data_sha256: Mapping[str, str], versions: Mapping[str, str]
 ) -> Path:
-    """Write the lock, atomically: the recipe's words, what it is run with (`data_sha256`: name of a text -> hash of its tokens).
+    """Write the lock, atomically. `data_sha256` maps the name of a text in the recipe to the hash of its tokens.
 
     Raises RecipeError where the recipe was itself read from a lock, and the model or the text is not what that names.
     """
@@ -56,9 +57,9 @@ def write_lock(
         name = recipe.source.name
         changed = [f"{name}: {difference}" for difference in recipe.source.seal.changed_inputs(seal)]
         if changed:
-            remedy = f"{name}: bring back what it was locked with, or remove its `lock:` section to run it on this"
+            remedy = f"{name}: bring back what it was locked with, or remove its `lock:` section"
             raise RecipeError(*changed, remedy)
-    words = recipe.model_dump(mode="json", exclude_none=True)
+    words = _written(recipe.model_dump(mode="json"))
     text = _HEADER + yaml.dump(words | {KEY: section_of(seal, words)}, Dumper=Dumper, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
@@ -80,3 +81,10 @@ def verify_lock(lock: Lock, current: Lock) -> list[str]:
     then, now = lock.recipe.model_dump(mode="json"), current.recipe.model_dump(mode="json")
     words = [f"{key} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
     return words + lock.seal.changed_inputs(current.seal) + lock.seal.changed_versions(current.seal)
+
+
+def _written(value: Any) -> Any:
+    """Without the words that are not set: a null in a variant or a rule means "as elsewhere"."""
+    if isinstance(value, dict):
+        return {key: _written(v) for key, v in value.items() if v is not None}
+    return [_written(v) for v in value] if isinstance(value, list) else value

@@ -103,8 +103,8 @@ def _untied(at: Path, variant: Variant, choices: Mapping[str, Choice], facts: Mo
     told = [f"{_some(names)} ({members})" for members, names in alike.items()]
     yield (
         _path(rule, at),
-        f"{variant.name}: layers that are fused at run time must be quantized alike, but these are not: {'; '.join(told)}. "
-        "Widen the rule to all of a group",
+        f"{variant.name}: layers that are fused at run time must be quantized alike, but these are not: "
+        f"{'; '.join(told)}. Widen the rule to all of a group",
     )
 
 

@@ -59,7 +59,7 @@ def load_plan(path: Path) -> Plan:
             content["model"], variants, Forecast(**{k: v for k, v in content["forecast"].items() if k in known})
         )
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file. `quantbench plan` or `quantbench calibrate` writes it") from None
+        raise RecipeError(f"{path}: no such file. `quantbench calibrate` writes it") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: not a plan of quantbench: {type(e).__name__}: {e}") from None
 

@@ -163,6 +163,8 @@ def _default(field: FieldInfo) -> str:
         return f"`[{', '.join(v.name for v in value)}]`"
     if isinstance(value, tuple) and value and isinstance(value[0], Section):
         return "one, with its defaults"
+    if value == "":
+        return ""
     if value is None:
         return "`auto`" if any(isinstance(n, Shown) and "auto" in n.text for n in field.metadata) else ""
     return f"`{json.dumps(value) if not isinstance(value, str) else value}`"

@@ -70,7 +70,7 @@ def merged(section: S, patch: Section | None) -> S:
 class Variant(Section):
     """One column of the report: a mode, with settings of its own where it has any."""
 
-    name: str = Field(description="Unique, a safe file name. Default: the mode.")
+    name: str = Field(default="", description="Unique, a safe file name. Default: the mode.")
     mode: Mode = Field(description="What is quantized, and to what.")
     weights: WeightsPatch | None = Field(default=None, description="Changes to `weights` for this variant.")
     activations: ActivationsPatch | None = Field(default=None, description="Changes to `activations` for this variant.")

@@ -35,6 +35,14 @@ for _tag, _pattern, _first in (
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
 
 
+def _number(loader: Loader, node: yaml.ScalarNode) -> float:
+    return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 012 is twelve
+Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
 class Dumper(yaml.SafeDumper):
     """SafeDumper that quotes exactly the texts which `Loader` would take for something else."""
 
@@ -52,6 +60,9 @@ class Source:
 
     def where(self, path: Path) -> str:
         """`recipe.yaml:12`, or the `--set` option, of the nearest word at or above `path`."""
+        below = next((label for p, label in self.overrides.items() if p[: len(path)] == path), None)
+        if below and path not in self.lines:  # a section that only an override has made
+            return below
         for n in range(len(path), -1, -1):
             if path[:n] in self.overrides:
                 return self.overrides[path[:n]]
