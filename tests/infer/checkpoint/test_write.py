@@ -8,7 +8,7 @@ import pytest
 from quantbench.infer.checkpoint.source import open_model
 from quantbench.quantizers.weight import quantize_weight
 
-from .conftest import block_of, table_of, variant_of  # noqa: TID252
+from .conftest import table_of, variant_of
 
 CASES = {
     "a8w8": {},
