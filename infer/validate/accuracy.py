@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -19,12 +19,21 @@ import numpy.typing as npt
 
 from quantbench.errors import CheckpointError, DataError, unknown
 from quantbench.infer.validate.choices import Answers, ChoiceSet, Scorer, answer_questions
-from quantbench.infer.validate.likelihood import F32, F64, bootstrap_mean, divergence, log_softmax, token_nll
+from quantbench.infer.validate.likelihood import (
+    F32,
+    F64,
+    Normaliser,
+    bootstrap_mean,
+    divergence,
+    log_softmax,
+    row_chunks,
+    token_nll,
+)
 
 Ids = npt.NDArray[np.int32]
 Loader = Callable[[], Scorer]
 Progress = Callable[[str, int, int], None]  # variant, steps done, steps in all
-_CHUNK = 1 << 23  # elements of log-probabilities held at a time: 32 MB
+_CHUNK = 1 << 21  # log-probabilities held at a time: 8 MB of the baseline's and of the variant's
 
 
 @dataclass(frozen=True)
@@ -178,13 +187,14 @@ class _Run:
         self.file.rewind()
         for key, window in self.tasks.windows().items():
             logits = engine.score(window.tolist())
-            scores.nll[key] = token_nll(logits, window)
+            normaliser = Normaliser.of(logits)
+            scores.nll[key] = token_nll(logits, window, normaliser)
             if not np.isfinite(scores.nll[key]).all():
                 raise CheckpointError(
                     f"{self.name}: NaN or Inf among its logits; `quantbench lint` on the checkpoint names the tensor"
                 )
             if key in divergent:
-                self._diverge(scores, key, logits[:-1])
+                self._diverge(scores, key, logits[:-1], normaliser[:-1])
             self._advance(total)
         for choice_set in self.tasks.choices:
             scores.answers[choice_set.name] = answer_questions(
@@ -196,7 +206,7 @@ class _Run:
         self.done += 1
         self.progress(self.name, self.done, total)
 
-    def _diverge(self, scores: Scores, key: bytes, logits: F32) -> None:
+    def _diverge(self, scores: Scores, key: bytes, logits: F32, normaliser: Normaliser) -> None:
         if self.tasks.divergence and not self.file.vocab:
             self.file.reserve(self.tasks.divergence.tokens, logits.shape[1])
         if logits.shape[1] != self.file.vocab:
@@ -205,19 +215,14 @@ class _Run:
                 "divergence is not defined; compare models of one tokenizer, or leave the divergence out"
             )
         kl, top1 = [np.zeros(0)], [np.zeros(0, dtype=np.bool_)]
-        for rows in _row_chunks(logits):
-            logp = log_softmax(logits[rows])
+        for rows in row_chunks(logits, _CHUNK):
+            logp = log_softmax(logits[rows], normaliser[rows])
             if self.is_baseline:
                 self.file.write(logp)
             else:
                 k, t = divergence(self.file.read(len(logp)), logp)
                 kl, top1 = [*kl, k], [*top1, t]
         scores.kl[key], scores.top1[key] = np.concatenate(kl), np.concatenate(top1)
-
-
-def _row_chunks(logits: F32) -> Iterator[slice]:
-    step = max(1, _CHUNK // logits.shape[1])
-    return (slice(i, i + step) for i in range(0, len(logits), step))
 
 
 def _sums(values: Mapping[bytes, npt.NDArray[Any]], token_set: TokenSet) -> F64:
