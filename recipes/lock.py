@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quantbench import __version__
 from quantbench.errors import RecipeError
 from quantbench.recipes.load import load_recipe
 from quantbench.recipes.schema import Recipe
@@ -23,7 +21,6 @@ from quantbench.recipes.seal import KEY, Seal, section_of
 from quantbench.recipes.source import Dumper
 
 _HEADER = "# Written by quantbench: the recipe of this run with every default, and what it was run with.\n"
-_LIBRARIES = ("paddlepaddle", "paddlepaddle-gpu", "paddleslim", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,6 @@ class Lock:
 
     recipe: Recipe
     seal: Seal
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides numbers; a library that is not installed is left out."""
-    found = {"quantbench": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def write_lock(

@@ -31,7 +31,12 @@ def test_each_fits_a_model(preset: Preset, layers: dict[str, Shape], facts: Mode
 
 @pytest.mark.parametrize("preset", list_presets(), ids=lambda p: p.name)
 def test_what_is_commented_out_loads_too(preset: Preset, layers: dict[str, Shape], facts: ModelFacts) -> None:
-    text = preset.path.read_text().replace("# rules:", "rules:").replace("#   - {match", "  - {match")
+    text = (
+        preset.path.read_text()
+        .replace("# rules:", "rules:")
+        .replace("# gates:", "gates:")
+        .replace("#   - {match", "  - {match")
+    )
     make_plan(load_recipe(text), layers, facts)
 
 
