@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantbench.errors import RecipeError
+from quantbench.quantizers.gptq import gptq
 from quantbench.quantizers.rtn import rtn
 from quantbench.quantizers.weight import QuantizedWeight
 from quantbench.registry import Registry
@@ -25,3 +26,4 @@ class Method:
 
 METHODS: Registry[Method] = Registry("method", RecipeError)
 METHODS.add("rtn", Method("rtn", rtn))
+METHODS.add("gptq", Method("gptq", gptq, needs_hessian=True))
