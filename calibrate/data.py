@@ -8,6 +8,7 @@ Both draw with one seed: the same arguments give the same ids on every machine.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from quantbench.errors import DataError
 # Packing reads this many times the tokens it needs before it draws (at least), so that a seed is a real choice ...
 SPARE = 4
 CHARS_PER_TOKEN = 8  # ... and of a long document no more than so many characters per token needed
+SEPARATOR = "\n\n"  # between documents of an evaluation text
 SHUFFLE_ROWS = 100_000  # rows looked at before drawing; a larger file is judged by its beginning
 
 
@@ -116,27 +118,29 @@ def eval_windows(data: str, tokens: int, context: int, tokenizer: TokenizerLike)
         raise DataError(f"{data}: context {context} leaves nothing to predict; at least 2 tokens are needed")
     windows = max(1, tokens // (context - 1))
     needed = windows * context
-    text = _opening(documents(data), needed * SPARE * CHARS_PER_TOKEN)
-    stream = np.array(tokenizer.encode(text), np.int32)
+    stream = tokenizer.encode(_opening(documents(data), needed * SPARE * CHARS_PER_TOKEN))
+    if len(stream) < needed:
+        stream = tokenizer.encode(_opening(documents(data), sys.maxsize))
     if len(stream) < needed:
         raise DataError(
             f"{data}: {tokens} predictions at context {context} take {windows} windows, {needed} tokens; the text has "
             f"{len(stream)}, enough for {len(stream) // context} windows. Lower tokens or context, or add text"
         )
-    return list(stream[:needed].reshape(windows, context))
+    return list(np.array(stream[:needed], np.int32).reshape(windows, context))
 
 
 def _opening(found: Iterable[Document], size: int) -> str:
-    """The documents' text in order, up to an end of line behind `size` characters: to encode all of a book in order to
-    use a page is slow, and no token crosses a line's end.
+    """The first `size` characters of the documents in order: encoding a whole book to use a page of it is slow, and
+    where the text is cut changes only tokens near the cut, far behind those that are used.
     """
-    text = ""
+    parts: list[str] = []
     for document in found:
-        text += ("\n\n" if text else "") + document.text
-        if len(text) > size:
-            end = text.find("\n", size)
-            return text if end < 0 else text[:end]
-    return text
+        parts.append(document.text)
+        size -= len(document.text) + len(SEPARATOR)
+        if size < 0:
+            break
+    text = SEPARATOR.join(parts)
+    return text[: len(text) + size] if size < 0 else text
 
 
 def _packed(

@@ -46,8 +46,8 @@ def draw(shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> Arrays
 
 def tiny_config(**changes: Any) -> ModelConfig:
     values: dict[str, Any] = {
-        "family": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_layers": 2, "num_heads": 6,
-        "num_kv_heads": 2, "head_dim": 8, "norm_eps": 1e-5, "rope": Rope(), "max_positions": 512,
+        "family": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_layers": 2,
+        "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "norm_eps": 1e-5, "rope": Rope(), "max_positions": 512,
         "tie_word_embeddings": False, "dtype": "float32",
     }  # fmt: skip
     return ModelConfig(**(values | changes))

@@ -81,7 +81,9 @@ def test_a_hook_sees_only_the_taps_it_asked_for(decoder: Decoder) -> None:
     assert seen == ["o_in", "mlp.up_proj"]
 
 
-@pytest.mark.parametrize(("tap", "shape"), [("attn_in", (4, 48)), ("k", (4, 2, 8)), ("down_in", (4, 80)), ("mlp.up_proj", (4, 48))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tap", "shape"), [("attn_in", (4, 48)), ("k", (4, 2, 8)), ("down_in", (4, 80)), ("mlp.up_proj", (4, 48))]
+)
 def test_what_a_hook_returns_replaces_the_tap(decoder: Decoder, tap: str, shape: tuple[int, ...]) -> None:
     forward = decoder.forward()
     forward.load(0, decoder.block(0))
