@@ -4,7 +4,8 @@ hidden     samples · length · hidden_size · 4 bytes: the calibration set betw
 calibrate  libraries + embedding and head in float32 + 3 · block in float32 (weights, folded weights, codes) +
            hidden (or one batch of it, when spilled) + 6 taps of one batch
 validate   libraries + 2 · the largest checkpoint or the float32 baseline (as read, as packed) + logits of a window
-disk       checkpoints + hidden where spilled
+disk       checkpoints + the larger of hidden (where spilled) and 4 · divergence tokens · vocabulary (the baseline's
+           log-probabilities)
 seconds    2 operations per weight and token, over every pass of calibration, accuracy, parity and prefill, at
            `gflops`; weights read once per decoded token at `gb_per_s`; 30 ns per weight and variant to quantize
 """
@@ -63,7 +64,9 @@ def forecast(
         "validate": _validate_bytes(recipe, layers, facts, max(sizes.values(), default=0)),
     }
     seconds = _seconds(recipe, variants, layers, sizes, machine or Machine())
-    disk = sum(sizes.values()) + (2 * hidden if spilled else 0)
+    divergence = recipe.accuracy.divergence
+    logits = 4 * divergence.tokens * facts.vocab_size if divergence else 0
+    disk = sum(sizes.values()) + max(logits, 2 * hidden if spilled else 0)
     return Forecast(max(memory.values()), disk, sum(seconds.values()), sizes, memory, seconds, spilled)
 
 
@@ -131,19 +134,26 @@ def _seconds(
     own_pass = sum(bool(v.transforms) or recipe.calibration.inputs == "quantized" for v in quantized)
     calibrated = recipe.calibration.samples * recipe.calibration.length
     blocks, whole = _elements(layers, head=False), _elements(layers, head=True)
-    accuracy, tested = recipe.accuracy, len(variants) + 1  # and the baseline
-    tokens = sum(text.tokens for text in accuracy.perplexity) + (
-        accuracy.divergence.tokens if accuracy.divergence else 0
-    )
+    tested = len({recipe.accuracy.baseline, *variants})
     operations = {
         "collect": 2 * blocks * calibrated * (1 + own_pass),
-        "accuracy": 2 * whole * tokens * tested,
+        "accuracy": 2 * whole * _scored_tokens(recipe) * tested,
         "parity": 2 * whole * recipe.parity.tokens * 3 * len(quantized) if recipe.parity else 0,
     }
     seconds = {stage: count / machine.gflops / 1e9 for stage, count in operations.items()}
     seconds["quantize"] = blocks * len(quantized) * _QUANTIZE_NS * 1e-9
     seconds["throughput"] = _throughput_seconds(recipe, whole, sizes, machine)
     return seconds
+
+
+def _scored_tokens(recipe: Recipe) -> int:
+    """Tokens run for accuracy; a text asked for twice at one context is run once."""
+    accuracy = recipe.accuracy
+    longest: dict[tuple[str, int], int] = {}
+    for text in (*accuracy.perplexity, *((accuracy.divergence,) if accuracy.divergence else ())):
+        key = (text.data, text.context)
+        longest[key] = max(longest.get(key, 0), text.tokens)
+    return sum(longest.values())
 
 
 def _throughput_seconds(recipe: Recipe, weights: int, sizes: Mapping[str, int], machine: Machine) -> float:

@@ -79,7 +79,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     for v in plan.variants.values():
         transforms = ", ".join(_transform(t) for t in v.transforms) or "none"
-        title = f"{v.name}: {v.mode.name}, floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}"
+        mode = v.name if v.name == v.mode.name else f"{v.name} ({v.mode.name})"
+        title = f"{mode}: floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}"
         table = Table("layers", "count", "weights", "inputs", "method", "decided by", title=title, title_justify="left")
         for row in _variant_rows(v):
             table.add_row(row.layers, str(row.count), row.weights, row.activations, row.method, row.rule)

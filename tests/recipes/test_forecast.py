@@ -59,7 +59,7 @@ def test_a_quantized_head_is_stored_beside_a_tied_embedding(layers: dict[str, Sh
 
 
 def test_hidden_states_spill_above_the_limit(layers: dict[str, Shape], facts: ModelFacts) -> None:
-    text = "model: m\ncalibration: {samples: 1000, length: 1000, spill_above: 1MiB}\n"
+    text = "model: m\ncalibration: {samples: 1000, length: 1000, spill_above: 1MiB}\naccuracy: {divergence: off}\n"
     spilled = make_plan(load_recipe(text), layers, facts).forecast
     kept = make_plan(load_recipe(text, ["calibration.spill_above=8GiB"]), layers, facts).forecast
     hidden = 1000 * 1000 * 192 * 4
@@ -77,3 +77,19 @@ def test_time_follows_the_machine_and_what_is_off_takes_none(layers: dict[str, S
     assert slow.seconds_of["throughput"] == slow.seconds_of["parity"] == 0
     assert slow.seconds == pytest.approx(sum(slow.seconds_of.values()))
     assert slow.memory_bytes == max(slow.memory.values())
+
+
+def test_a_text_is_run_once_for_perplexity_and_divergence(layers: dict[str, Shape], facts: ModelFacts) -> None:
+    def seconds(accuracy: str) -> float:
+        recipe = load_recipe(f"model: m\naccuracy: {accuracy}\n")
+        return make_plan(recipe, layers, facts).forecast.seconds_of["accuracy"]
+
+    same = seconds("{perplexity: [{tokens: 1000}], divergence: {tokens: 900}}")
+    assert same == seconds("{perplexity: [{tokens: 1000}], divergence: off}")
+    assert seconds("{perplexity: [{tokens: 1000}], divergence: {tokens: 1000, context: 64}}") == pytest.approx(2 * same)
+
+
+def test_divergence_needs_disk_for_the_baselines_log_probabilities(layers: dict[str, Shape], facts: ModelFacts) -> None:
+    without = make_plan(load_recipe("model: m\naccuracy: {divergence: off}\n"), layers, facts).forecast
+    with_it = make_plan(load_recipe("model: m\naccuracy: {divergence: {tokens: 1000}}\n"), layers, facts).forecast
+    assert with_it.disk_bytes - without.disk_bytes == 4 * 1000 * facts.vocab_size
