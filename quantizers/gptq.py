@@ -26,19 +26,19 @@ BLOCK = 128  # columns whose updates of later columns are gathered into one matr
 
 @dataclass(frozen=True)
 class _Grid:
-    """Scale and zero point of every weight, [N, K], columns in the order of rounding."""
+    """Scale and zero point of every weight, transposed [K, N] (a column is contiguous), in the order of rounding."""
 
     entry: Entry
     scale: F32
     zero: I32 | None
 
     def encode(self, column: int, values: F64) -> Array:
-        zero = None if self.zero is None else self.zero[:, column]
-        return FORMATS[self.entry.format].encode(values.astype(np.float32), self.scale[:, column], zero)
+        zero = None if self.zero is None else self.zero[column]
+        return FORMATS[self.entry.format].encode(values.astype(np.float32), self.scale[column], zero)
 
     def decode(self, column: int, codes: Array) -> F32:
-        zero = None if self.zero is None else self.zero[:, column]
-        return FORMATS[self.entry.format].decode(codes, self.scale[:, column], zero)
+        zero = None if self.zero is None else self.zero[column]
+        return FORMATS[self.entry.format].decode(codes, self.scale[column], zero)
 
 
 def gptq(
@@ -57,22 +57,23 @@ def gptq(
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
     factor = _inverse_factor(statistics.hessian[np.ix_(order, order)], entry.name, damping)
     codes = np.empty(w.shape, FORMATS[entry.format].storage)
-    codes[:, order] = _round_columns(w[:, order].astype(np.float64), factor, _grid(entry, w.shape, order))
+    transposed = np.ascontiguousarray(w.T[order], np.float64)
+    codes[:, order] = _round_columns(transposed, factor, _grid(entry, w.shape, order)).T
     return QuantizedWeight(entry.format, entry.granularity, codes, entry.scale, entry.zero, entry.group_size)
 
 
 def _round_columns(w: F64, factor: F64, grid: _Grid) -> Array:
-    """The loop of the paper's algorithm 1. `w` is consumed."""
+    """The loop of the paper's algorithm 1 on w [K, N], which is consumed. Returns codes [K, N]."""
     columns: list[Array] = []
-    for start in range(0, w.shape[1], BLOCK):
-        stop = min(start + BLOCK, w.shape[1])
-        errors = np.empty((len(w), stop - start))
+    for start in range(0, len(w), BLOCK):
+        stop = min(start + BLOCK, len(w))
+        errors = np.empty((stop - start, w.shape[1]))
         for i in range(start, stop):
-            columns.append(grid.encode(i, w[:, i]))
-            errors[:, i - start] = (w[:, i] - grid.decode(i, columns[-1])) / factor[i, i]
-            w[:, i + 1 : stop] -= np.outer(errors[:, i - start], factor[i, i + 1 : stop])
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return np.stack(columns, axis=1)
+            columns.append(grid.encode(i, w[i]))
+            errors[i - start] = (w[i] - grid.decode(i, columns[-1])) / factor[i, i]
+            w[i + 1 : stop] -= np.outer(factor[i, i + 1 : stop], errors[i - start])
+        w[stop:] -= factor[start:stop, stop:].T @ errors
+    return np.stack(columns)
 
 
 def _inverse_factor(hessian: F64, name: str, damping: tuple[float, ...]) -> F64:
@@ -98,6 +99,6 @@ def _grid(entry: Entry, shape: tuple[int, ...], order: I64) -> _Grid:
 
     def ordered(values: Array) -> Array:
         wide = np.broadcast_to(expand(values, entry.granularity, matrix, entry.group_size), matrix)
-        return np.asfortranarray(wide[:, order])
+        return np.ascontiguousarray(wide.T[order])
 
     return _Grid(entry, ordered(entry.scale), None if entry.zero is None else ordered(entry.zero))

@@ -77,10 +77,14 @@ def reduce_units(ufunc: np.ufunc, values: F32, granularity: str, group_size: int
 
 
 def relative_loss(original: F32, approximation: F32) -> float:
-    """Sum of squared errors / sum of squares, in float64; 0 for a tensor of zeros that stays zero."""
-    error = np.subtract(original, approximation, dtype=np.float64)
-    squares = float(np.vdot(original.astype(np.float64), original))
-    return float(np.vdot(error, error)) / squares if squares else 0.0
+    """Sum of squared errors / sum of squares, summed in float64; 0 for a tensor of zeros that stays zero."""
+    squares = _sum_of_squares(original)
+    return _sum_of_squares(original - approximation) / squares if squares else 0.0
+
+
+def _sum_of_squares(values: F32) -> float:
+    flat = values.ravel()  # einsum casts piece by piece: no float64 copy of a large weight
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64, casting="safe"))
 
 
 def _granularity(plan: LayerPlan) -> str:
