@@ -51,7 +51,7 @@ def outlier_input(variant: str, layer: LayerFacts) -> Finding | None:
         return None
     lost = layer.levels < LEVELS_LOST
     what = (
-        f"input of {layer.name} reaches {plain(layer.input_absmax)} while 99.9 % of its values are below "
+        f"input of {layer.name} reaches {plain(layer.input_absmax)} while 99.9% of its values are below "
         f"{plain(layer.input_p999, 2)}: they share {plain(layer.levels, 2)} of 127 steps"
     )
     return Finding(
@@ -78,7 +78,7 @@ def fp8_underflow(variant: str, layer: LayerFacts) -> Finding | None:
         return None
     what = (
         f"input of {layer.name} reaches {plain(layer.input_absmax)}, {times(layer.input_absmax / layer.input_p999)} "
-        f"what 99.9 % of its values stay below: fp8 keeps fewer than 3 mantissa bits of them"
+        f"what 99.9% of its values stay below: fp8 keeps fewer than 3 mantissa bits of them"
     )
     return Finding("warn", "fp8_underflow", variant, layer.name, what, _outlier_advice(variant, layer))
 

@@ -42,7 +42,7 @@ class TapRange:
     absmax: Floats
     p999: (
         Floats | None
-    )  # 99.9 % of the values are at most this (upper edge of a histogram bin); None without a histogram
+    )  # 99.9% of the values are at most this (upper edge of a histogram bin); None without a histogram
     channel_absmax: Floats
 
 
@@ -139,7 +139,7 @@ def percentile(
 ) -> Floats:
     """float32 [R]: the smallest bin edge that `share` of the counts of |x| lie below, at most the largest value seen.
 
-    histogram: [R, bins] counts, bin width = limit/bins; limit, absmax: [R]. An upper edge, so that "99.9 % of the
+    histogram: [R, bins] counts, bin width = limit/bins; limit, absmax: [R]. An upper edge, so that "99.9% of the
     values are below this" is true whatever the bin width."""
     counts = np.atleast_2d(histogram).astype(np.float64).cumsum(axis=1)
     total = counts[:, -1:]

@@ -63,7 +63,7 @@ def _point(record: dict[str, Any], batch: str | None) -> tuple[float, float, Any
 
 
 def _percent_axis(axes: Axes, values: list[float]) -> None:
-    """Linear near zero and logarithmic above 5 %, so that a disaster does not flatten everything else."""
+    """Linear near zero and logarithmic above 5%, so that a disaster does not flatten everything else."""
     if max(values) > 12:
         axes.set_yscale("symlog", linthresh=5, linscale=1.2)
         ticks = [t for t in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 10000) if t <= max(values) * 1.5]
@@ -72,7 +72,7 @@ def _percent_axis(axes: Axes, values: list[float]) -> None:
         axes.minorticks_off()
     else:
         axes.margins(y=0.18)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}%" if value else "0"))
 
 
 def _label_points(figure: Figure, axes: Axes, points: dict[str, tuple[float, float]]) -> None:
@@ -183,11 +183,11 @@ def activation_ranges(report: Report) -> str | None:
 def _range_panel(axes: Axes, line: dict[str, Any] | None, color: str, label: str) -> None:
     if line is None:
         return
-    positive = [np.nan if not v else v for v in line["absmax"]]
+    positive = [v if v else np.nan for v in line["absmax"]]
     axes.plot(line["blocks"], positive, color=color, marker="o", markersize=3, label=f"largest, {label}")
-    usual = [np.nan if not v else v for v in line["p999"]]
+    usual = [v if v else np.nan for v in line["p999"]]
     if not np.all(np.isnan(usual)):
-        axes.plot(line["blocks"], usual, color=color, linestyle=(0, (2, 1.5)), label=f"99.9 % below, {label}")
+        axes.plot(line["blocks"], usual, color=color, linestyle=(0, (2, 1.5)), label=f"99.9% below, {label}")
 
 
 def _range_legend(axes: Axes, after: dict[str, Any]) -> tuple[list[Any], list[str]]:
@@ -302,7 +302,7 @@ def _pace_bar(axes: Axes, y: float, paced: dict[str, Any] | None, color: str) ->
     if share:
         end = max(speed, speed / share)
         axes.plot([speed / share] * 2, [y - 0.36, y + 0.36], color=INK, linewidth=1.8)
-    text = plain(speed) + (f"  ({percent(share)})" if share else "")
+    text = plain(speed) + (f" ({percent(share)})" if share else "")
     axes.annotate(text, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
 
 

@@ -102,7 +102,8 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'href="#{name}-\2"', text)
-    text = re.sub(r"font: ((?:bold |italic )*[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
+    text = re.sub(r"font: ((?:[\w.]+ )*?[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
     return _opening(text, name, description)

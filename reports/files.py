@@ -24,8 +24,8 @@ Interval = tuple[float, float]
 class PerplexityScore(_Record):
     perplexity: float
     nll: float
-    increase: float | None = None  # relative to the baseline: 0.037 = +3.7 %
-    increase_interval: Interval | None = None  # paired bootstrap, 95 %
+    increase: float | None = None  # relative to the baseline: 0.037 = +3.7%
+    increase_interval: Interval | None = None  # paired bootstrap, 95%
 
 
 class Perplexity(_Record):

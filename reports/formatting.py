@@ -19,21 +19,21 @@ def plain(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, sign: bool = False) -> str:
-    """A share as percent: 0.0371 -> "3.71 %", with `sign` "+3.71 %"."""
+    """A share as percent: 0.0371 -> "3.71%", with `sign` "+3.71%"."""
     if value is None or not math.isfinite(value):
         return NONE
     hundred = 100 * value
     decimals = 0 if abs(hundred) >= 100 else 1 if abs(hundred) >= 10 else 2
     if 99.9 <= hundred < 100:  # never round an agreement up to the whole
         decimals, hundred = 3, min(hundred, 99.999)
-    return f"{hundred:{'+' if sign else ''},.{decimals}f} %"
+    return f"{hundred:{'+' if sign else ''},.{decimals}f}%"
 
 
 def interval(bounds: Sequence[float] | None, sign: bool = True) -> str:
     """A 95 % interval of shares: "[+3.0, +4.5]" in percent; empty without one."""
     if bounds is None:
         return ""
-    low, high = (percent(bound, sign).removesuffix(" %") for bound in bounds)
+    low, high = (percent(bound, sign).removesuffix("%") for bound in bounds)
     return f"[{low}, {high}]"
 
 

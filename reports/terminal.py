@@ -159,7 +159,7 @@ def _batch(batch: str) -> str:
 def _pace(decode: dict[str, Any] | None) -> str:
     if decode is None:
         return NONE
-    median, share = plain(decode["tokens_per_s"]["median"]), percent(decode["share_of_ceiling"]).replace(" ", "")
+    median, share = plain(decode["tokens_per_s"]["median"]), percent(decode["share_of_ceiling"])
     return f"{median} {times(decode['speedup']):>6} {share:>6}"
 
 

@@ -29,7 +29,7 @@ def best_variant(report: dict[str, Any]) -> str | None:
     """The fastest decode (geometric mean of the speedups over the batches) among the quantized variants that qualify.
 
     A variant qualifies if it passes its gates, has no bad finding and, where no gate limits it, raises perplexity by
-    less than 5 %. The smaller checkpoint breaks ties, and decides where speed was not measured. None if no variant
+    less than 5%. The smaller checkpoint breaks ties, and decides where speed was not measured. None if no variant
     qualifies or accuracy was not measured."""
     fit = [name for name, record in report["variants"].items() if _fit(report, name, record)]
     return min(fit, key=lambda name: (*_rank(report["variants"][name]), name), default=None)
@@ -80,7 +80,7 @@ def _gate_sentences(gates: list[dict[str, Any]], failed: list[dict[str, Any]]) -
         return []
     if not failed:
         return [{"level": "ok", "text": f"All {len(gates)} gates hold."}]
-    told = "; ".join(gate["why"] for gate in failed)
+    told = "; ".join(gate["why"] for gate in failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
     return [{"level": "bad", "text": f"{len(failed)} of {len(gates)} gates fail: {told}."}]
 
 
