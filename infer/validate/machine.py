@@ -62,3 +62,8 @@ def memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
             if line.startswith("MemTotal:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def waited_s(schedstat: Path = Path("/proc/self/schedstat")) -> float:
+    """Seconds the main thread was ready to run while another process held the processor; 0 where nobody tells."""
+    return int(schedstat.read_text().split()[1]) / 1e9 if schedstat.exists() else 0.0

@@ -7,12 +7,15 @@ time over the measured one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantbench.infer.engine import Engine
 
 FASTER = 1.05  # below this a variant counts as not faster: runs differ by a few percent
+DISTURBED = 0.05
+EXPECTED = 0.9  # a speedup below this part of what the ceilings allow is explained
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Achieved:
     threads: int
     work: Work
     ceilings: Ceilings
+    profile: Mapping[str, float] = field(default_factory=dict)  # seconds by kind of work
+    disturbed: float = 0.0  # share of the time in which another process held the processor
 
     @property
     def bound(self) -> str:
@@ -113,12 +118,17 @@ class Achieved:
         }
 
 
-def why(this: Achieved, base: Achieved | None = None) -> str:
-    """One sentence: how near the ceiling the step is, and against `base` where its speed came from or went to."""
+def why(this: Achieved, base: Achieved | None = None, speedup: float | None = None) -> str:
+    """One sentence: how near the ceiling the step is, and against `base` where its speed came from or went to.
+
+    `speedup` is the measured one, of pairs; without it that of the two steps is taken.
+    """
     parts = [_against_ceiling(this)]
     if base is not None:
-        speedup = base.seconds / this.seconds
-        parts.append(_gain(this, base, speedup) if speedup >= FASTER else _no_gain(this, base, speedup))
+        ratio = base.seconds / this.seconds if speedup is None else speedup
+        parts.append(_gain(this, base, ratio) if ratio >= FASTER else _no_gain(this, base, ratio))
+    if this.disturbed > DISTURBED:
+        parts.append(f"other processes held the processor {this.disturbed:.0%} of the time")
     return "; ".join(parts)
 
 
@@ -133,10 +143,10 @@ def _against_ceiling(a: Achieved) -> str:
 def _gain(this: Achieved, base: Achieved, speedup: float) -> str:
     """Speedup = (least time of the baseline / of this) × (share reached by this / by the baseline)."""
     least = base.floor_s / this.floor_s
-    return (
-        f"{speedup:.2f}x {base.name}: the ceilings allow {least:.2f}x, and {this.share:.0%} of them is reached "
-        f"where {base.name} reaches {base.share:.0%}"
-    )
+    sentence = f"{speedup:.2f}x {base.name}, and the ceilings allow {least:.2f}x"
+    if speedup < EXPECTED * least and this.share < EXPECTED * base.share:
+        sentence += f": it comes less near to them than {base.name} ({base.share:.0%}){_where(this)}"
+    return sentence
 
 
 def _no_gain(this: Achieved, base: Achieved, speedup: float) -> str:
@@ -148,12 +158,17 @@ def _no_gain(this: Achieved, base: Achieved, speedup: float) -> str:
             start + f"it reads as many bytes ({this.work.bytes / base.work.bytes:.0%}; {head:.0%} are the output head)"
         )
     if least < FASTER:
-        return (
-            start + "its products take as many float operations: quantized weights are decoded, not multiplied in int8"
-        )
-    lost = (this.seconds - this.floor_s) * 1e3
+        return start + "its products take as many float operations: its weights are decoded, not multiplied in int8"
     busy = this.cpu_s / this.seconds
     return start + (
-        f"{lost:.3g} of its {this.seconds * 1e3:.3g} ms per step are spent outside the {this.bound} ceiling, in "
-        f"decoding, quantizing and per-operation overhead (on average {busy:.1f} of {this.threads} threads are busy)"
+        f"{1 - this.share:.0%} of its step lie outside the {this.bound} ceiling{_where(this)}; "
+        f"on average {busy:.1f} of {this.threads} threads are busy"
     )
+
+
+def _where(a: Achieved) -> str:
+    """The three largest shares of the step."""
+    total = sum(a.profile.values())
+    largest = sorted(a.profile.items(), key=lambda item: -item[1])[:3]
+    parts = [f"{kind} {seconds / total * a.seconds * 1e3:.3g}" for kind, seconds in largest]
+    return f"; of {a.seconds * 1e3:.3g} ms per step: {', '.join(parts)}" if parts else ""

@@ -78,10 +78,13 @@ class _Stage:
     def json(self, base: _Stage | None) -> dict[str, Any]:
         row = {"tokens_per_s": spread(self.speeds), **self.achieved.json()}
         row["cpu_s_per_token"] = self.achieved.cpu_s / self.tokens
-        row["why"] = why(self.achieved, base.achieved if base else None)
-        if base:
-            row["speedup"] = spread([mine / theirs for mine, theirs in zip(self.speeds, base.speeds, strict=True)])
-        return row
+        if self.achieved.profile:
+            row["disturbed"] = self.achieved.disturbed
+            row["profile_ms"] = {kind: seconds * 1e3 for kind, seconds in self.achieved.profile.items()}
+        if base is None:
+            return row | {"why": why(self.achieved)}
+        speedup = spread([mine / theirs for mine, theirs in zip(self.speeds, base.speeds, strict=True)])
+        return row | {"speedup": speedup, "why": why(self.achieved, base.achieved, speedup["median"])}
 
 
 def _prefill(name: str, visits: list[Visit], prompt: int, ceilings: Ceilings) -> _Stage:
@@ -95,7 +98,9 @@ def _decode(name: str, visits: list[Visit], batch: int, ceilings: Ceilings) -> _
     times = [v.times.decode[batch] for v in visits]
     seconds = [sum(t.steps) / len(t.steps) for t in times]
     cpu = median(t.cpu_s / len(t.steps) for t in times)
-    achieved = Achieved(name, median(seconds), cpu, visits[0].threads, times[0].work, ceilings)
+    profile = {kind: median(t.profile[kind] for t in times) for kind in times[0].profile}
+    waited = median(t.waited_s / sum(t.steps) for t in times)
+    achieved = Achieved(name, median(seconds), cpu, visits[0].threads, times[0].work, ceilings, profile, waited)
     return _Stage([batch / s for s in seconds], achieved, batch)
 
 

@@ -17,10 +17,13 @@ from quantbench.errors import RequestError
 from quantbench.infer.engine import Engine, Request, SamplingParams
 from quantbench.infer.engine.cache import pages_for
 from quantbench.infer.ops import PAGE
+from quantbench.infer.validate.machine import waited_s
+from quantbench.infer.validate.profile import profile_steps
 from quantbench.infer.validate.roofline import Work, prefill_work, step_work
 
 CHUNK = 512  # prompt tokens per step
 PREFILLS = 3
+PROFILED = 3  # steps after the timed ones, which the profile must not slow
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Load:
             raise RequestError(*problems)
 
     def limit(self, batch: int) -> int:
-        """Tokens to generate so that `output` - 1 steps have a full batch, however many steps prefill takes."""
-        return self.output + -(-batch * self.prompt // CHUNK)
+        """Tokens to generate so that every timed and profiled step has a full batch, however long prefill takes."""
+        return self.output + PROFILED + -(-batch * self.prompt // CHUNK)
 
     @property
     def length(self) -> int:
@@ -58,11 +61,14 @@ class Load:
 
 @dataclass(frozen=True)
 class DecodeTimes:
-    """Decode at one batch, seconds. `steps`: of each step with a full batch; `cpu_s`: of all threads, over them."""
+    """Decode at one batch, seconds. `steps`: of each step with a full batch; `cpu_s`: of all threads, over them;
+    `profile`: of `PROFILED` further steps, per step, by kind of work."""
 
     steps: list[float]
     first_token: list[float]  # per sequence, from its arrival
     cpu_s: float
+    waited_s: float  # for a processor that another process held, over `steps`
+    profile: dict[str, float]
     work: Work
 
 
@@ -109,12 +115,15 @@ def time_decode(engine: Engine, prompts: Sequence[list[int]], load: Load) -> Dec
         arrived = waiting & {o.request for o in engine.step()}
         first += [time.perf_counter() - start] * len(arrived)
         waiting -= arrived
+    wait = waited_s()
     for _ in range(load.output - 1):
         before, cpu_before = time.perf_counter(), time.process_time()
         engine.step()
         steps.append(time.perf_counter() - before)
         cpu += time.process_time() - cpu_before
+    wait = waited_s() - wait
+    profile = profile_steps(engine, PROFILED)
     for request in requests:
         engine.abort(request)
     context = load.prompt + load.output // 2
-    return DecodeTimes(steps, first, cpu, step_work(engine, len(prompts), context))
+    return DecodeTimes(steps, first, cpu, wait, profile, step_work(engine, len(prompts), context))

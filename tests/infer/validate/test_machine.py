@@ -1,6 +1,6 @@
 import os
 
-from quantbench.infer.validate.machine import cpu_model, describe_machine, memory_bytes, usable_cores
+from quantbench.infer.validate.machine import cpu_model, describe_machine, memory_bytes, usable_cores, waited_s
 
 
 def test_the_description_holds_what_a_figure_needs():
@@ -23,3 +23,10 @@ def test_cpu_and_memory_are_read_from_the_kernels_files(tmp_path):
 def test_a_system_without_these_files_still_has_a_description(tmp_path):
     assert cpu_model(tmp_path / "none")
     assert memory_bytes(tmp_path / "none") == 0
+    assert waited_s(tmp_path / "none") == 0
+
+
+def test_waiting_for_the_processor_is_counted(tmp_path):
+    (tmp_path / "schedstat").write_text("1000 2500000000 7\n")
+    assert waited_s(tmp_path / "schedstat") == 2.5
+    assert waited_s() <= waited_s() + 1e-9

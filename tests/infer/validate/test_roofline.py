@@ -34,9 +34,18 @@ def test_alone_it_says_how_near_the_ceiling_it_is():
     assert why(busy) == "does 4 GOP per step at 40 GOP/s, 40% of the compute ceiling"
 
 
-def test_a_gain_is_split_into_what_is_allowed_and_what_is_reached():
-    assert why(replace(BASE, name="q", work=QUANTIZED, seconds=0.02), BASE).endswith(
-        "; 1.25x fp32: the ceilings allow 2.00x, and 50% of them is reached where fp32 reaches 80%"
+def test_a_gain_is_held_against_what_the_ceilings_allow():
+    full = replace(BASE, name="q", work=QUANTIZED, seconds=0.0125)
+    assert why(full, BASE).endswith("80% of the read ceiling; 2.00x fp32, and the ceilings allow 2.00x")
+    assert why(full, BASE, speedup=1.9).endswith("; 1.90x fp32, and the ceilings allow 2.00x")
+
+
+def test_a_gain_that_falls_short_tells_where_the_time_goes():
+    profile = {"linears": 0.004, "attention": 0.005, "output head": 0.0005, "embedding": 0.0005}
+    short = replace(BASE, name="q", work=QUANTIZED, seconds=0.02, profile=profile)
+    assert why(short, BASE).endswith(
+        "; 1.25x fp32, and the ceilings allow 2.00x: it comes less near to them than fp32 (80%); "
+        "of 20 ms per step: attention 10, linears 8, output head 1"
     )
 
 
@@ -51,15 +60,16 @@ def test_no_gain_where_weights_are_decoded_for_float_products():
     base = replace(BASE, work=heavy, seconds=0.2)
     assert why(replace(base, work=replace(heavy, weight_bytes=10**8), seconds=0.25), base).endswith(
         "; not faster than fp32 (0.80x) because its products take as many float operations: "
-        "quantized weights are decoded, not multiplied in int8"
+        "its weights are decoded, not multiplied in int8"
     )
 
 
 def test_no_gain_where_the_time_goes_elsewhere():
-    slow = Achieved("q", seconds=0.03, cpu_s=0.033, threads=2, work=QUANTIZED, ceilings=CEILINGS)
+    slow = Achieved("q", 0.03, 0.033, 2, QUANTIZED, CEILINGS, {"attention": 0.02, "linears": 0.01}, disturbed=0.3)
     assert why(slow, BASE).endswith(
-        "; not faster than fp32 (0.83x) because 20 of its 30 ms per step are spent outside the memory ceiling, in "
-        "decoding, quantizing and per-operation overhead (on average 1.1 of 2 threads are busy)"
+        "; not faster than fp32 (0.83x) because 67% of its step lie outside the memory ceiling; of 30 ms per step: "
+        "attention 20, linears 10; on average 1.1 of 2 threads are busy; "
+        "other processes held the processor 30% of the time"
     )
 
 

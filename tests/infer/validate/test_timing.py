@@ -55,5 +55,5 @@ def test_a_load_that_makes_no_sense_lists_every_problem():
 def test_a_load_beyond_the_models_positions(tiny_model):
     load = Load(prompt=250, output=10, batches=(1,))
     engine = Engine.load(tiny_model, "fp32", ops="reference", **load.engine_options())
-    with pytest.raises(RequestError, match=r"prompt 250 and output 10 need 261 positions at these batches, .* has 256"):
+    with pytest.raises(RequestError, match=r"prompt 250 and output 10 need 264 positions at these batches, .* has 256"):
         time_engine(engine, load)
