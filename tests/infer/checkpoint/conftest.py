@@ -14,6 +14,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from quantbench.infer.checkpoint.record import Record
+from quantbench.infer.checkpoint.shard import read_shard
+from quantbench.infer.checkpoint.shard_writer import write_shard
 from quantbench.infer.models import family_of, linear_names, model_tensors
 from quantbench.quantizers.formats import FORMATS
 from quantbench.quantizers.weight import quantize_weight, scale_shape
@@ -176,3 +179,12 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return writer.finish(table)
 
     return write
+
+
+def load_shard(file: Path) -> dict[str, np.ndarray]:
+    """Copies of all tensors (the safetensors library has no e4m3 in numpy)."""
+    return {name: tensor.read().copy() for name, tensor in read_shard(file).items()}
+
+
+def save_shard(tensors: dict[str, np.ndarray], file: Path) -> None:
+    write_shard(file, tensors, Record("", "", ""))
