@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -28,6 +28,7 @@ def test_dynamic_takes_each_token_alone() -> None:
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+@settings(deadline=None)
 @given(x=rows)
 def test_a_token_does_not_depend_on_its_batch(format: str, x: np.ndarray) -> None:
     codes, scale = quantize_activation(x, format, None)

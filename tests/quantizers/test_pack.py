@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -28,6 +28,7 @@ def test_a_ragged_row_is_padded_with_zero_bits() -> None:
     assert packed[:, 1].tolist() == [15, 15]
 
 
+@settings(deadline=None)
 @given(st.sampled_from([1, 2, 4, 8]), st.data())
 def test_unpack_is_the_inverse(bits: int, data: st.DataObject) -> None:
     low = -(1 << (bits - 1))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantbench.errors import CalibrationError
@@ -123,6 +123,7 @@ def test_a_scale_of_the_wrong_shape_is_refused() -> None:
         expand(np.ones((8, 1), F32), "channel", (4, 8), None)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300))
 def test_block_scales_cover_ragged_edges(rows: int, columns: int) -> None:
     shape = scale_shape("block", (rows, columns), None)

@@ -29,7 +29,7 @@ def assert_same(a: Statistics, b: Statistics, fields: tuple[str, ...] = EXACT) -
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(x=batches(), cuts=st.lists(st.integers(1, 11), max_size=4), rows=st.sampled_from([1, 2, 3]))
 def test_any_split_merges_to_the_one_pass_result(x: np.ndarray, cuts: list[int], rows: int) -> None:
     parts = [p for p in np.split(x, sorted(c for c in set(cuts) if c < len(x))) if len(p)]
@@ -43,6 +43,7 @@ def test_any_split_merges_to_the_one_pass_result(x: np.ndarray, cuts: list[int],
     assert np.all(np.abs(merged.channel_sum - whole.channel_sum) <= 1e-12 * magnitude)
 
 
+@settings(deadline=None)
 @given(a=batches(), b=batches(), c=batches())
 def test_merging_is_associative_bit_for_bit(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
     one, two, three = observe(a, 2), observe(b, 2), observe(c, 2)
@@ -50,6 +51,7 @@ def test_merging_is_associative_bit_for_bit(a: np.ndarray, b: np.ndarray, c: np.
     assert_same(left, right, (*EXACT, "batch_absmax"))
 
 
+@settings(deadline=None)
 @given(x=batches())
 def test_histogram_counts_every_value_where_it_belongs(x: np.ndarray) -> None:
     s = observe(x, 2)
@@ -141,6 +143,7 @@ def test_live_thresholds_must_be_equal() -> None:
             merge(a, b)
 
 
+@settings(deadline=None)
 @given(x=batches(), factor=hnp.arrays(np.float32, 6, elements=st.floats(0.125, 8, width=32)))
 def test_scaled_derives_exactly_what_it_keeps(x: np.ndarray, factor: np.ndarray) -> None:
     x = np.clip(x, -1e30, 1e30)
