@@ -92,17 +92,24 @@ QB_INLINE void score_rows(AttentionTile& t, int64_t q, int64_t size) {
     constexpr int C = W == 16 ? 4 : 2;
     for (int64_t c = 0; c < kPage; c += C * W) {
         vf acc[M][C];
+        QB_UNROLL
         for (int m = 0; m < M; ++m)
+            QB_UNROLL
             for (int i = 0; i < C; ++i) acc[m][i] = vf{};
         for (int64_t d = 0; d < size; ++d) {
             vf b[C];
+            QB_UNROLL
             for (int i = 0; i < C; ++i) b[i] = load(t.k + d * kPage + c + i * W);
+            QB_UNROLL
             for (int m = 0; m < M; ++m) {
                 vf x = set1(t.q[q + m][d]);
+                QB_UNROLL
                 for (int i = 0; i < C; ++i) acc[m][i] = fma(x, b[i], acc[m][i]);
             }
         }
+        QB_UNROLL
         for (int m = 0; m < M; ++m)
+            QB_UNROLL
             for (int i = 0; i < C; ++i) store(t.scores[q + m] + c + i * W, acc[m][i]);
     }
 }
@@ -111,11 +118,14 @@ template <int M>
 QB_INLINE void add_values(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
     for (int64_t c = 0; c < t.padded; c += W) {
         vf acc[M];
+        QB_UNROLL
         for (int m = 0; m < M; ++m) acc[m] = load(t.out[q + m] + c);
         for (int64_t j = from; j < to; ++j) {
             vf v = load(t.v + j * t.padded + c);
+            QB_UNROLL
             for (int m = 0; m < M; ++m) acc[m] = fma(set1(t.scores[q + m][j]), v, acc[m]);
         }
+        QB_UNROLL
         for (int m = 0; m < M; ++m) store(t.out[q + m] + c, acc[m]);
     }
 }

@@ -109,7 +109,7 @@ void Kernels::linear(const PackedWeight& packed, std::optional<ConstFloats> valu
         int64_t row_bytes = (k + 3) / 4 * 4 * table_.code_bytes;
         auto* prepared = scratch<uint8_t>(1, t * row_bytes);
         const auto* source = static_cast<const int8_t*>(codes->data());
-        ranges(t, 1, t * k / 8, [&](int64_t first, int64_t last) {
+        ranges(t, table_.strip, t * k / 8, [&](int64_t first, int64_t last) {
             table_.prepare_codes(source + first * k, last - first, k, prepared + first * row_bytes);
         });
         l.a_codes = prepared;

@@ -29,6 +29,7 @@ public:
     int64_t observe(ConstFloats x, int64_t rows, ConstVector limit, Array<float, 1> channel_absmax,
                     Array<double, 1> channel_sum, Array<float, 1> minimum, Array<float, 1> maximum,
                     Array<int64_t, 2> histogram) const;
+    void absmax(ConstFloats x, int64_t rows, Array<float, 1> out) const;
     double read_gb_per_s(int64_t bytes, int rounds) const;
     double gop_per_s(bool int8, double seconds) const;
 

@@ -69,7 +69,9 @@ struct Tile {
     vf acc[M][P][2];
 
     QB_INLINE void clear(Tile& t) {
+        QB_UNROLL
         for (int m = 0; m < M; ++m)
+            QB_UNROLL
             for (int p = 0; p < P; ++p) t.acc[m][p][0] = t.acc[m][p][1] = vf{};
     }
 
@@ -77,14 +79,19 @@ struct Tile {
                        int64_t from, int64_t to, const vf (*scale)[2], const vf (*offset)[2]) {
         for (int64_t k = from; k < to; ++k) {
             vf b[P][2];
+            QB_UNROLL
             for (int p = 0; p < P; ++p)
+                QB_UNROLL
                 for (int h = 0; h < 2; ++h) {
                     b[p][h] = Decode::at(panel + p * panel_bytes + k * Decode::row_bytes, column + h * W);
                     if (Scaled) b[p][h] = fma(b[p][h], scale[p][h], offset[p][h]);
                 }
+            QB_UNROLL
             for (int m = 0; m < M; ++m) {
                 vf x = set1(a[m * lda + k]);
+                QB_UNROLL
                 for (int p = 0; p < P; ++p)
+                    QB_UNROLL
                     for (int h = 0; h < 2; ++h) t.acc[m][p][h] = fma(x, b[p][h], t.acc[m][p][h]);
             }
         }
@@ -94,7 +101,9 @@ struct Tile {
 // Scale and offset of the group that holds k, for P panels.
 template <int P>
 QB_INLINE void load_scales(const Weight& w, int64_t panel, int64_t group, int64_t column, vf (*scale)[2], vf (*offset)[2]) {
+    QB_UNROLL
     for (int p = 0; p < P; ++p)
+        QB_UNROLL
         for (int h = 0; h < 2; ++h) {
             int64_t at = ((panel + p) * w.groups + group) * kPanel + column + h * W;
             scale[p][h] = load(w.scale + at);
@@ -122,8 +131,11 @@ static void direct_tile(const Linear& l, int64_t token, int64_t panel, int64_t c
                    offset);
         }
     }
+    QB_UNROLL
     for (int m = 0; m < M; ++m)
+        QB_UNROLL
         for (int p = 0; p < P; ++p)
+            QB_UNROLL
             for (int h = 0; h < 2; ++h)
                 finish(l, token + m, (panel + p) * kPanel + column + h * W, t.acc[m][p][h]);
 }
@@ -171,7 +183,9 @@ static void block_tile(const Linear& l, int64_t token, int64_t panel, int64_t co
     T t;
     int64_t n = panel * kPanel + column;
     bool first = from == 0, last = to == l.w.columns;
+    QB_UNROLL
     for (int m = 0; m < M; ++m)
+        QB_UNROLL
         for (int h = 0; h < 2; ++h) {
             int64_t at = n + h * W, valid = l.w.rows - at;
             const float* y = l.y + (token + m) * l.ldy + at;
@@ -179,7 +193,9 @@ static void block_tile(const Linear& l, int64_t token, int64_t panel, int64_t co
         }
     T::add(t, l.a + token * l.w.columns + from, l.w.columns, (const uint8_t*)block, 0, column, 0, to - from, nullptr,
            nullptr);
+    QB_UNROLL
     for (int m = 0; m < M; ++m)
+        QB_UNROLL
         for (int h = 0; h < 2; ++h) {
             int64_t at = n + h * W, valid = l.w.rows - at;
             float* y = l.y + (token + m) * l.ldy + at;

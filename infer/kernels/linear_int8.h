@@ -22,12 +22,20 @@ constexpr int32_t kShift = 0;
 constexpr int kDotRows = W == 16 ? 12 : 4;
 constexpr int64_t kDotTokens = 252;
 
+// Codes for the tiles: strips of M <= kDotRows tokens as [k / 4][M][4], so that a tile reads one stream. A strip starts
+// where its first token would start in plain row order; `t` counts from a multiple of kDotRows.
 static void prepare_codes(const int8_t* codes, int64_t t, int64_t columns, void* out) {
-    int64_t padded = (columns + 3) / 4 * 4;
+    int64_t quads = (columns + 3) / 4, whole = columns / 4;
     Code* to = (Code*)out;
-    for (int64_t i = 0; i < t; ++i, to += padded, codes += columns) {
-        for (int64_t k = 0; k < columns; ++k) to[k] = Code(codes[k] + kShift);
-        for (int64_t k = columns; k < padded; ++k) to[k] = Code(kShift);
+    for (int64_t t0 = 0; t0 < t; t0 += kDotRows) {
+        int64_t rows = smaller(kDotRows, t - t0);
+        for (int64_t m = 0; m < rows; ++m) {
+            const int8_t* from = codes + (t0 + m) * columns;
+            Code* at = to + (t0 * quads + m) * 4;
+            for (int64_t q = 0; q < whole; ++q, at += rows * 4)
+                for (int j = 0; j < 4; ++j) at[j] = Code(from[q * 4 + j] + kShift);
+            for (int64_t k = whole * 4; k < quads * 4; ++k, ++at) *at = Code((k < columns ? from[k] : 0) + kShift);
+        }
     }
 }
 
@@ -40,6 +48,18 @@ QB_INLINE void finish_dot(const Linear& l, int64_t token, int64_t column, vi acc
     finish(l, token, column, to_float(acc));
 }
 
+// The epilogue of a tile of sums [tokens][columns]: apart from the loop that made them, and not inlined into it, because
+// the compiler otherwise keeps their addresses and writes every accumulator to the stack in every step.
+static __attribute__((noinline)) void finish_tile(const Linear& l, int64_t token, int64_t tokens, int64_t column,
+                                                  int64_t columns, const int32_t* sums) {
+    for (int64_t m = 0; m < tokens; ++m)
+        for (int64_t c = 0; c < columns; c += W) {
+            vi acc;
+            std::memcpy(&acc, sums + m * columns + c, sizeof acc);
+            finish_dot(l, token + m, column + c, acc);
+        }
+}
+
 #if defined(QB_AVX512)
 
 template <int M, int P>
@@ -49,24 +69,35 @@ static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
     const uint8_t* a = (const uint8_t*)l.a_codes + token * quads * 4;
     const uint8_t* b = w.codes + panel * w.panel_bytes;
     __m512i acc[M][P][2];
+    QB_UNROLL
     for (int m = 0; m < M; ++m)
+        QB_UNROLL
         for (int p = 0; p < P; ++p) acc[m][p][0] = acc[m][p][1] = _mm512_setzero_si512();
     for (int64_t q = 0; q < quads; ++q) {
         __m512i x[P][2];
+        QB_UNROLL
         for (int p = 0; p < P; ++p)
+            QB_UNROLL
             for (int h = 0; h < 2; ++h) x[p][h] = _mm512_loadu_si512(b + p * w.panel_bytes + q * 128 + h * 64);
+        QB_UNROLL
         for (int m = 0; m < M; ++m) {
-            int32_t four;
-            std::memcpy(&four, a + (m * quads + q) * 4, 4);
-            __m512i y = _mm512_set1_epi32(four);
+            float four;  // as a float: the compiler then broadcasts from memory instead of through a general register
+            std::memcpy(&four, a + (q * M + m) * 4, 4);
+            __m512i y = _mm512_castps_si512(_mm512_set1_ps(four));
+            QB_UNROLL
             for (int p = 0; p < P; ++p)
+                QB_UNROLL
                 for (int h = 0; h < 2; ++h) acc[m][p][h] = _mm512_dpbusd_epi32(acc[m][p][h], y, x[p][h]);
         }
     }
+    alignas(64) int32_t sums[M][P * kPanel];
+    QB_UNROLL
     for (int m = 0; m < M; ++m)
+        QB_UNROLL
         for (int p = 0; p < P; ++p)
-            for (int h = 0; h < 2; ++h)
-                finish_dot(l, token + m, (panel + p) * kPanel + h * W, (vi)acc[m][p][h]);
+            QB_UNROLL
+            for (int h = 0; h < 2; ++h) _mm512_store_si512(sums[m] + p * kPanel + h * W, acc[m][p][h]);
+    finish_tile(l, token, M, panel * kPanel, P * kPanel, sums[0]);
 }
 
 #elif defined(QB_AVX2)
@@ -79,18 +110,21 @@ static void dot_eight(const Linear& l, int64_t token, int64_t panel, int64_t col
     const int16_t* a = (const int16_t*)l.a_codes + token * quads * 4;
     const uint8_t* b = w.codes + panel * w.panel_bytes + column * 4;
     __m256i acc[M][2];
+    QB_UNROLL
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
     for (int64_t q = 0; q < quads; ++q) {
         __m256i x0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + q * 128)));
         __m256i x1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + q * 128 + 16)));
+        QB_UNROLL
         for (int m = 0; m < M; ++m) {
             int64_t four;
-            std::memcpy(&four, a + (m * quads + q) * 4, 8);
+            std::memcpy(&four, a + (q * M + m) * 4, 8);
             __m256i y = _mm256_set1_epi64x(four);
             acc[m][0] = _mm256_add_epi32(acc[m][0], _mm256_madd_epi16(y, x0));
             acc[m][1] = _mm256_add_epi32(acc[m][1], _mm256_madd_epi16(y, x1));
         }
     }
+    QB_UNROLL
     for (int m = 0; m < M; ++m) {
         // lanes are pairs of partial sums of one channel; hadd joins them, the permutation restores channel order
         __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[m][0], acc[m][1]), 0xd8);
@@ -100,6 +134,7 @@ static void dot_eight(const Linear& l, int64_t token, int64_t panel, int64_t col
 
 template <int M, int P>
 static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
+    QB_UNROLL
     for (int p = 0; p < P; ++p)
         for (int64_t c = 0; c < kPanel; c += 8) dot_eight<M>(l, token, panel + p, c);
 }
@@ -110,15 +145,17 @@ template <int M, int P>
 static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
     const Weight& w = l.w;
     int64_t quads = (w.columns + 3) / 4;
+    QB_UNROLL
     for (int p = 0; p < P; ++p)
+        QB_UNROLL
         for (int m = 0; m < M; ++m) {
-            const int16_t* a = (const int16_t*)l.a_codes + (token + m) * quads * 4;
+            const int16_t* a = (const int16_t*)l.a_codes + token * quads * 4 + m * 4;
             const int8_t* b = (const int8_t*)w.codes + (panel + p) * w.panel_bytes;
             int32_t acc[kPanel] = {};
-            for (int64_t q = 0; q < quads; ++q, b += 128)
+            for (int64_t q = 0; q < quads; ++q, b += 128, a += M * 4)
                 for (int n = 0; n < kPanel; ++n) {
                     int32_t sum = 0;
-                    for (int j = 0; j < 4; ++j) sum += int32_t(a[q * 4 + j]) * b[n * 4 + j];
+                    for (int j = 0; j < 4; ++j) sum += int32_t(a[j]) * b[n * 4 + j];
                     acc[n] += sum;
                 }
             for (int64_t c = 0; c < kPanel; c += W) {

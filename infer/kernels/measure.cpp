@@ -43,6 +43,24 @@ int64_t Kernels::observe(ConstFloats x, int64_t rows, ConstVector limit, Array<f
     return bad == t ? -1 : bad;
 }
 
+// NaN or infinity in a row comes out as such.
+void Kernels::absmax(ConstFloats x, int64_t rows, Array<float, 1> out) const {
+    int64_t t = int64_t(x.shape(0)), channels = int64_t(x.shape(1));
+    require(rows > 0 && channels % rows == 0 && int64_t(out.shape(0)) == rows, "rows must divide the channels");
+    int64_t width = channels / rows, pieces = 8, piece = (t + pieces - 1) / pieces;
+    std::vector<float> tops(size_t(rows * pieces), 0.0f);
+    Release release(t * channels);
+    Pool::shared()->run(rows * pieces, [&](int64_t i) {
+        int64_t row = i / pieces, from = std::min(t, i % pieces * piece), to = std::min(t, from + piece);
+        tops[size_t(i)] = table_.absmax(x.data() + from * channels, to - from, channels, row * width, (row + 1) * width);
+    });
+    for (int64_t i = 0; i < rows * pieces; ++i) {
+        float& best = out.data()[i / pieces];
+        if (i % pieces == 0) best = 0.0f;
+        if (!(tops[size_t(i)] <= best)) best = tops[size_t(i)];
+    }
+}
+
 double Kernels::read_gb_per_s(int64_t bytes, int rounds) const {
     int64_t count = bytes / 4, pieces = 64, piece = count / pieces;
     std::vector<float> data(size_t(count), 1.0f);

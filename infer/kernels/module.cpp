@@ -1,4 +1,6 @@
 // quantbench._kernels: what Python sees.
+#include <cstdlib>
+
 #include "dispatch.h"
 #include "kernels.h"
 #include "pool.h"
@@ -27,12 +29,34 @@ PackedWeight* pack(int kind, ConstBytes codes, std::optional<ConstFloats> scale,
     return new PackedWeight(source);
 }
 
+// What QUANTBENCH_ISA asks for, else the best.
+std::string isa_in_use() {
+    const char* wanted = std::getenv("QUANTBENCH_ISA");
+    return table_of(wanted ? wanted : "").name;
+}
+
+// This machine's limits with `threads` threads (0: those of the pool): the denominators of every share.
+nb::dict ceilings(int threads) {
+    require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024");
+    int before = Pool::shared()->threads();
+    if (threads && threads != before) set_threads(threads);
+    Kernels kernels(isa_in_use());
+    nb::dict found;
+    found["read_gb_per_s"] = kernels.read_gb_per_s(int64_t(256) << 20, 5);
+    found["float32_gop_per_s"] = kernels.gop_per_s(false, 0.25);
+    found["int8_gop_per_s"] = kernels.gop_per_s(true, 0.25);
+    if (threads && threads != before) set_threads(before);
+    return found;
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
     using namespace nb::literals;
     m.doc() = "CPU kernels of quantbench. Arrays are taken as they are: C-contiguous, of the exact dtype.";
     m.def("available", &available, "Instruction sets of this processor that kernels exist for, best last.");
+    m.def("isa", &isa_in_use, "The instruction set in use: QUANTBENCH_ISA, else the best.");
+    m.def("ceilings", &ceilings, "threads"_a = 0, "read_gb_per_s, float32_gop_per_s and int8_gop_per_s, measured.");
     m.def("set_threads", [](int n) {
         require(n >= 1 && n <= 1024, "threads must be between 1 and 1024");
         nb::gil_scoped_release release;
@@ -66,6 +90,7 @@ NB_MODULE(_kernels, m) {
         .def("embed", &Kernels::embed, "table"_a, "ids"_a.noconvert(), "out"_a.noconvert())
         .def("observe", &Kernels::observe, "x"_a.noconvert(), "rows"_a, "limit"_a.noconvert(), "channel_absmax"_a.noconvert(),
              "channel_sum"_a.noconvert(), "minimum"_a.noconvert(), "maximum"_a.noconvert(), "histogram"_a.noconvert())
+        .def("absmax", &Kernels::absmax, "x"_a.noconvert(), "rows"_a, "out"_a.noconvert())
         .def("read_gb_per_s", &Kernels::read_gb_per_s, "bytes"_a, "rounds"_a)
         .def("gop_per_s", &Kernels::gop_per_s, "int8"_a, "seconds"_a);
 }

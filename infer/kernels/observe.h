@@ -50,6 +50,18 @@ static int64_t observe(const Observe& o, int64_t first, int64_t last) {
     return bad;
 }
 
+// The largest magnitude in channels [first, last); NaN where one is NaN.
+static float absmax(const float* x, int64_t t, int64_t channels, int64_t first, int64_t last) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < t; ++i) {
+        int32_t bits = absmax_bits(x + i * channels + first, last - first);
+        top = bits > top ? bits : top;
+    }
+    float value;
+    std::memcpy(&value, &top, 4);
+    return value;
+}
+
 constexpr int kChains = 12;
 
 // Both return the number of operations done (a multiply and an add are two), from independent chains in registers.

@@ -27,6 +27,9 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 
+// Register tiles are arrays; only fully unrolled loops let the compiler keep them in registers.
+#define QB_UNROLL _Pragma("GCC unroll 16")
+
 #define QB_INLINE static inline __attribute__((always_inline))
 
 QB_INLINE vf bits_to_float(vi x) { return (vf)x; }
@@ -43,12 +46,18 @@ QB_INLINE vf load(const float* p) {
 }
 QB_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
+// The first n lanes. Not by memcpy from an inlined argument: the accumulators it came from would be kept in memory.
+#if defined(QB_AVX512)
+QB_INLINE vf load_part(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+QB_INLINE void store_part(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+#else
 QB_INLINE vf load_part(const float* p, int64_t n) {
     vf v{};
     std::memcpy(&v, p, size_t(n) * 4);
     return v;
 }
-QB_INLINE void store_part(float* p, vf v, int64_t n) { std::memcpy(p, &v, size_t(n) * 4); }
+static __attribute__((noinline)) void store_part(float* p, vf v, int64_t n) { std::memcpy(p, &v, size_t(n) * 4); }
+#endif
 
 #if defined(QB_AVX512)
 QB_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }

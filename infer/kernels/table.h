@@ -33,7 +33,7 @@ struct Weight {
 struct Linear {
     Weight w;
     const float* a;            // [t][columns], float path
-    const void* a_codes;       // prepared codes [t][padded columns], int8_dot path
+    const void* a_codes;       // prepared codes (linear_int8.h), int8_dot path
     const float* a_scale;      // null, or one value (step 0) or one per token (step 1)
     int64_t a_scale_step;
     int64_t t;
@@ -119,6 +119,7 @@ struct Embed {
 struct Table {
     const char* name;
     int64_t code_bytes;        // of one prepared activation code
+    int64_t strip;             // tokens that prepared codes are interleaved by
     void (*linear)(const Linear&, int64_t first_panel, int64_t last_panel);
     void (*prepare_codes)(const int8_t* codes, int64_t t, int64_t columns, void* out);
     void (*decode_codes)(const uint8_t* codes, Quant format, int64_t count, float* out);
@@ -129,6 +130,7 @@ struct Table {
     void (*attention)(const Attention&, int64_t sequence, int64_t head, int64_t first_row, int64_t last_row);
     void (*embed)(const Embed&, int64_t first, int64_t last);
     int64_t (*observe)(const Observe&, int64_t first_channel, int64_t last_channel);
+    float (*absmax)(const float* x, int64_t t, int64_t channels, int64_t first, int64_t last);
     double (*peak_float)(int64_t rounds);
     double (*peak_int8)(int64_t rounds);
     double (*read_all)(const float* x, int64_t count);

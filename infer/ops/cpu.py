@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from quantbench.errors import CalibrationError, DependencyError, RequestError
+from quantbench.infer.ops.buffers import Buffers
 from quantbench.infer.ops.pack import Part, parts_of
 from quantbench.infer.ops.types import (
     FLOAT,
@@ -33,6 +34,7 @@ from quantbench.infer.ops.types import (
 if TYPE_CHECKING:
     from types import ModuleType
 
+BUFFERS = Buffers()
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 FORMATS: dict[str | None, int] = {None: 0, "int8": 1, "fp8_e4m3": 2}  # Quant in kernels/table.h
 CACHE_KINDS: dict[np.dtype[Any], tuple[int, Any]] = {  # CacheKind, and the dtype whose view crosses
@@ -93,6 +95,9 @@ class CpuOps:
         self.kernels = self._module.Kernels(wanted)
         self.isa: str = self.kernels.isa
 
+    def set_threads(self, threads: int | None) -> int:
+        return set_threads(threads)
+
     def pack(self, weight: Weights) -> CpuPacked:
         parts = parts_of(list(weight) if isinstance(weight, Sequence) else [weight])
         natives = [self._module.pack(*part.native_arguments()) for part in parts]
@@ -101,7 +106,7 @@ class CpuOps:
         return CpuPacked(names, shape, sum(n.nbytes for n in natives), tuple(zip(parts, natives, strict=True)))
 
     def embed(self, table: Packed, ids: Ints) -> Floats:
-        out = np.empty((len(ids), table.shape[1]), np.float32)
+        out = BUFFERS.array((len(ids), table.shape[1]), np.float32)
         self.kernels.embed(_parts(table)[0][1], ids, out)
         return out
 
@@ -114,7 +119,7 @@ class CpuOps:
         )
 
     def linear(self, a: Activation, w: Packed) -> Floats:
-        y = np.empty((a.tokens, w.shape[0]), np.float32)
+        y = BUFFERS.array((a.tokens, w.shape[0]), np.float32)
         values, codes, format = a.values, _bits(a.codes), FORMATS[a.format]
         column = 0
         for part, native in _parts(w):
@@ -149,7 +154,7 @@ class CpuOps:
     ) -> Floats:
         kind, bits = CACHE_KINDS[cache.k.dtype]
         kv_heads, size = cache.k.shape[1], cache.k.shape[3]
-        q = np.empty((qkv.shape[0], qkv.shape[1] - 2 * kv_heads * size), np.float32)
+        q = BUFFERS.array((qkv.shape[0], qkv.shape[1] - 2 * kv_heads * size), np.float32)
         q_norm, k_norm = norms or (None, None)
         self.kernels.rope_write(
             qkv, batch.positions, batch.slots, rope[0], rope[1], q_norm, k_norm, eps,
@@ -159,7 +164,7 @@ class CpuOps:
 
     def attention(self, q: Floats, batch: Batch, cache: LayerCache, window: int | None = None) -> Floats:
         kind, bits = CACHE_KINDS[cache.k.dtype]
-        out = np.empty_like(q)
+        out = BUFFERS.array(q.shape, np.float32)
         self.kernels.attention(
             q, batch.starts, batch.context, batch.tables,
             kind, cache.k.view(bits), cache.v.view(bits), cache.k_scale, cache.v_scale, window or 0, out,
@@ -177,10 +182,10 @@ def _parts(packed: Packed) -> tuple[tuple[Part, Any], ...]:
 
 def _output(tokens: int, width: int, spec: ActSpec) -> Activation:
     """Room for what `spec` asks for."""
-    values = np.empty((tokens, width), np.float32) if spec.format is None or spec.keep_float else None
+    values = BUFFERS.array((tokens, width), np.float32) if spec.format is None or spec.keep_float else None
     if spec.format is None:
         return Activation(values)
-    codes = np.empty((tokens, width), np.int8 if spec.format == "int8" else E4M3)
+    codes = BUFFERS.array((tokens, width), np.int8 if spec.format == "int8" else E4M3)
     return Activation(values, codes, np.empty(tokens if spec.scale is None else 1, np.float32), spec.format)
 
 

@@ -99,7 +99,8 @@ def _part(w: LinearWeightLike) -> Part:
     if isinstance(weight, np.ndarray):
         return Part((w.name,), FLOAT_KINDS[codes.dtype], codes, None, None, codes.shape[1], bias, None)
     columns = codes.shape[1]
-    group = int({"group": weight.group_size or columns, "block": BLOCK}.get(weight.granularity, columns))
+    sizes: dict[Any, int] = {"group": weight.group_size or columns, "block": BLOCK}
+    group = sizes.get(weight.granularity, columns)
     scale = per_group(weight.scale, weight.granularity, codes.shape[0]).astype(np.float32)
     zero = None if weight.zero is None else per_group(weight.zero, weight.granularity, codes.shape[0]).astype(np.int32)
     kind = CODE_KINDS[weight.format]

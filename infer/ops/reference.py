@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from quantbench.infer.ops.types import (
 )
 from quantbench.quantizers.activation import quantize_activation
 from quantbench.quantizers.formats import E4M3, FORMATS
-from quantbench.quantizers.weight import dequantize_weight
+from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,9 @@ def quantize(x: Floats, spec: ActSpec) -> Activation:
     return Activation(x if spec.keep_float else None, codes, scale, spec.format)
 
 
-def dequantized(weight: Any) -> Floats:
+def dequantized(weight: Array | QuantizedWeight) -> Floats:
     """(codes - zero) * scale in float32, or the float weight itself."""
-    floats: Floats = weight.astype(np.float32) if isinstance(weight, np.ndarray) else dequantize_weight(weight)
-    return floats
+    return weight.astype(np.float32) if isinstance(weight, np.ndarray) else dequantize_weight(weight)
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -98,6 +96,10 @@ class ReferenceOps:
     """The reference column of the op table; see `types.Ops` for shapes."""
 
     name = "reference"
+
+    def set_threads(self, threads: int | None) -> int:
+        """numpy's own affair; results do not depend on it."""
+        return threads or 1
 
     def pack(self, weight: Weights) -> ReferencePacked:
         weights = as_list(weight)

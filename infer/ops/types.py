@@ -118,6 +118,10 @@ class Ops(Protocol):
 
     name: str
 
+    def set_threads(self, threads: int | None) -> int:
+        """Threads of native operations, None for one per processor; the number in use. numpy decides its own."""
+        ...
+
     def pack(self, weight: Weights) -> Packed:
         """Prepare weights once, at load. A list is a fused group: rows are concatenated in order."""
         ...
