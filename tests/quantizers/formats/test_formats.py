@@ -100,8 +100,8 @@ def test_a_bad_asymmetric_range_is_refused(bad: float) -> None:
 
 
 def test_an_unknown_format_names_the_known() -> None:
-    with pytest.raises(QuantbenchError, match=r"unknown format 'int5'\. Did you mean int4\?"):
-        FORMATS["int5"]
+    with pytest.raises(QuantbenchError, match=r"unknown format 'int-4'\. Did you mean int4\?"):
+        FORMATS["int-4"]
 
 
 @names
