@@ -75,8 +75,8 @@ def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     d, i = c.hidden_size, c.intermediate_size
     return {
-        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
-        "mlp.gate_proj": (i, d), "mlp.up_proj": (i, d), "mlp.down_proj": (d, i),
+        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q), "mlp.gate_proj": (i, d), "mlp.up_proj": (i, d), "mlp.down_proj": (d, i),
     }  # fmt: skip
 
 
