@@ -6,12 +6,13 @@ Findings advise, they never change a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantbench.reports.formatting import decibel, percent, plain, times
-from quantbench.reports.layers import LayerFacts
+from quantbench.reports.layers import TAP_OF, LayerFacts
 
 LEVELS_LOST = 4.0  # static int8: with fewer steps than this for ordinary values the layer computes with noise
 LEVELS_FEW = 12.0  # and with fewer than this it is worth a look
@@ -61,12 +62,21 @@ def outlier_input(variant: str, layer: LayerFacts) -> Finding | None:
 
 def _outlier_advice(variant: str, layer: LayerFacts) -> tuple[str, ...]:
     """Lines for the recipe. Smoothing is offered where it can be folded away: behind a norm."""
-    rule = f'rules: [{{match: "{layer.name}", variants: [{variant}]'
+    rule = f'rules: [{{match: "{together(layer)}", variants: [{variant}]'
     return (
         f"scales per token: {rule}, activations: {{dynamic: true}}}}]",
         f"or leave it float: {rule}, mode: float}}]",
         *(["or smooth it: transforms: [{smooth: {alpha: 0.5}}]"] if layer.tap in FOLDABLE_TAPS else []),
     )
+
+
+_TIED = {"attn_in": "[qkv]_proj", "mlp_in": "[gu]*_proj"}
+
+
+def together(layer: LayerFacts) -> str:
+    """A glob for `layer` and the linears that run with it as one product: a recipe must decide them alike."""
+    parent, _, name = layer.name.rpartition(".")
+    return f"{parent}.{_TIED[layer.tap]}" if layer.tap in _TIED and name in TAP_OF else layer.name
 
 
 def fp8_underflow(variant: str, layer: LayerFacts) -> Finding | None:
@@ -125,10 +135,10 @@ def silent_input(variant: str, layer: LayerFacts) -> Finding | None:
 LAYER_RULES: tuple[LayerRule, ...] = (outlier_input, fp8_underflow, noisy_weight, noisy_input, silent_input)
 
 
-def layer_findings(variant: str, layers: Iterable[LayerFacts]) -> list[Finding]:
-    """Findings of all layers, one per shared input: q, k and v see the same tensor and get one finding."""
+def layer_findings(variant: str, layers: Sequence[LayerFacts]) -> list[Finding]:
+    """Findings of all layers, the worst first, one per shared input: q, k and v see the same tensor."""
     found: dict[tuple[str, object], Finding] = {}
-    for layer in layers:
+    for layer in sorted(layers, key=lambda layer: math.inf if layer.worst_db is None else layer.worst_db):
         for rule in LAYER_RULES:
             finding = rule(variant, layer)
             if finding is None:
@@ -138,8 +148,8 @@ def layer_findings(variant: str, layers: Iterable[LayerFacts]) -> list[Finding]:
     return list(found.values())
 
 
-def accuracy_finding(variant: str, record: Mapping[str, Any], causes: int) -> Finding | None:
-    """Perplexity far above the baseline's. causes: how many inputs of this variant have a bad outlier."""
+def accuracy_finding(variant: str, record: Mapping[str, Any], layers: Sequence[LayerFacts]) -> Finding | None:
+    """Perplexity far above the baseline's, with what to try for the layers that this variant has."""
     worst = max(
         (p for p in record["accuracy"]["perplexity"] if p["increase"] is not None),
         key=lambda p: float(p["increase"]),
@@ -149,33 +159,44 @@ def accuracy_finding(variant: str, record: Mapping[str, Any], causes: int) -> Fi
         return None
     unusable = worst["increase"] >= INCREASE_UNUSABLE
     what = f"perplexity on {worst['data']} is {plain(worst['perplexity'], 4)}, {percent(worst['increase'], sign=True)}"
-    advice = (
-        (f"mend the {causes} inputs with outliers, or all at once: activations: {{dynamic: true}}",)
-        if causes
-        else ("keep the layers with the lowest SQNR in float, or in 8 bits, by rule",)
-    )
-    return Finding("bad" if unusable else "warn", "perplexity", variant, None, what, advice)
+    return Finding("bad" if unusable else "warn", "perplexity", variant, None, what, _accuracy_advice(layers))
+
+
+def _accuracy_advice(layers: Sequence[LayerFacts]) -> tuple[str, ...]:
+    outliers = {(layer.block, layer.tap) for layer in layers if layer.levels is not None and layer.levels < LEVELS_FEW}
+    if outliers:
+        return (f"mend the {len(outliers)} inputs with outliers, or all at once: activations: {{dynamic: true}}",)
+    keep = "keep the layers with the lowest SQNR in float by rule: mode: float"
+    if any(layer.weights == "int4" for layer in layers):
+        return ("weights: {granularity: group, group_size: 32, symmetric: false}", keep)
+    return (keep,)
 
 
 def parity_findings(variant: str, record: Mapping[str, Any]) -> list[Finding]:
-    """Served and simulated must agree; anything else is a defect of the runtime or of the checkpoint."""
+    """Codes that differ on identical inputs are a defect. Outputs that differ are worth a look: rounding may amplify
+    them, and a gate (parity_top1, parity_kl) says how much of that a recipe accepts."""
     parity = record["parity"]
     if parity is None:
         return []
-    said = []
+    found = []
     if parity["codes_different"] or parity["scales_different"]:
-        said.append(
+        what = (
             f"{parity['codes_different']:,} of {parity['codes_compared']:,} codes and {parity['scales_different']:,} "
-            "scales differ on identical inputs"
+            "scales differ on identical inputs: the kernel breaks the specification"
         )
-    if parity["first_departure"]:
-        departure = parity["first_departure"]
-        said.append(f"served departs from simulated at {departure['layer']}: {departure['why']}")
-    top1, kl = parity["top1_served_simulated"], parity["kl_served_simulated"]
-    if (top1 is not None and top1 < SERVED_TOP1) or (kl is not None and kl > SERVED_KL):
-        said.append(f"served against simulated: top-1 {percent(top1)}, KL {plain(kl)}")
-    advice = ("do not deploy before this is understood: quantbench lint the checkpoint, then QUANTBENCH_ISA=generic",)
-    return [Finding("bad", "parity", variant, None, what, advice) for what in said]
+        found.append(Finding("bad", "parity_codes", variant, None, what, _CODES_ADVICE))
+    top1, kl, departure = parity["top1_served_simulated"], parity["kl_served_simulated"], parity["first_departure"]
+    if departure or (top1 is not None and top1 < SERVED_TOP1) or (kl is not None and kl > SERVED_KL):
+        what = f"served against simulated: top-1 {percent(top1)}, KL {plain(kl)}"
+        what += f"; first departs at {departure['layer']}: {departure['why']}" if departure else ""
+        found.append(Finding("warn", "parity", variant, None, what, _PARITY_ADVICE))
+    return found
+
+
+_CODES_ADVICE = (
+    "do not deploy before this is understood: QUANTBENCH_ISA=generic, then quantbench lint the checkpoint",
+)
+_PARITY_ADVICE = ("the accuracy above is of what is served; gates: {parity_top1: 99%} makes this a condition",)
 
 
 def slow_findings(variant: str, record: Mapping[str, Any]) -> list[Finding]:

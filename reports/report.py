@@ -83,13 +83,12 @@ def _baseline(run: Run) -> str | None:
 
 def _findings(run: Run, name: str, record: dict[str, Any], layers: list[LayerFacts]) -> list[advice.Finding]:
     of_layers = advice.layer_findings(name, layers)
-    outliers = sum(finding.rule == "outlier_input" for finding in of_layers)
     caches = {
         entry.name: sqnr_db(entry.about.loss)
         for entry in run.scales.get(name, {}).values()
         if entry.about.kind == "cache"
     }
-    single = [advice.accuracy_finding(name, record, outliers), advice.cache_finding(name, caches)]
+    single = [advice.accuracy_finding(name, record, layers), advice.cache_finding(name, caches)]
     return [
         *(finding for finding in single if finding is not None),
         *advice.parity_findings(name, record),

@@ -26,7 +26,7 @@ def variant_record(run: Run, variant: str, baseline: str | None) -> dict[str, An
     """Everything report.json says about a variant but its layers, gates and findings."""
     planned = run.plan.variants.get(variant) if run.plan else None
     speed = run.throughput.variants.get(variant) if run.throughput else None
-    meaning = words(planned) if planned else {"text": variant}
+    meaning = words(planned) if planned else {"text": f"the model as it came, run as {variant}"}
     return {
         "mode": planned.mode_name if planned else variant,
         "baseline": variant == baseline,
@@ -95,7 +95,7 @@ def sizes(run: Run, variant: str) -> dict[str, Any]:
     """Bytes. `fp32_bytes` is the fp32 variant's checkpoint, or twice a 16-bit one's where no fp32 was run."""
     speed = run.throughput.variants.get(variant) if run.throughput else None
     kinds = run.weights_by_kind.get(variant, {})
-    checkpoint = speed.checkpoint_bytes if speed and speed.checkpoint_bytes else sum(kinds.values()) or None
+    checkpoint = _checkpoint_bytes(run, variant)
     full = _fp32_bytes(run)
     return {
         "checkpoint_bytes": checkpoint,
@@ -108,11 +108,16 @@ def sizes(run: Run, variant: str) -> dict[str, Any]:
 
 
 def _fp32_bytes(run: Run) -> float | None:
-    measured = run.throughput.variants if run.throughput else {}
-    for mode, factor in (("fp32", 1), ("bf16", 2), ("fp16", 2)):
-        if mode in measured and measured[mode].checkpoint_bytes:
-            return float(factor * (measured[mode].checkpoint_bytes or 0))
-    return None
+    sizes = ((_checkpoint_bytes(run, mode), factor) for mode, factor in (("fp32", 1), ("bf16", 2), ("fp16", 2)))
+    return next((float(count * factor) for count, factor in sizes if count), None)
+
+
+def _checkpoint_bytes(run: Run, variant: str) -> int | None:
+    """As the throughput stage found it, else the sum of the tensors on disk."""
+    speed = run.throughput.variants.get(variant) if run.throughput else None
+    if speed is not None and speed.checkpoint_bytes:
+        return speed.checkpoint_bytes
+    return sum(run.weights_by_kind.get(variant, {}).values()) or None
 
 
 def accuracy(run: Run, variant: str) -> dict[str, list[dict[str, Any]]]:

@@ -29,27 +29,33 @@ def best_variant(report: dict[str, Any]) -> str | None:
     """The fastest decode (geometric mean of the speedups over the batches) among the quantized variants that qualify.
 
     A variant qualifies if it passes its gates, has no bad finding and, where no gate limits it, raises perplexity by
-    less than 5%. The smaller checkpoint breaks ties, and decides where speed was not measured. None if no variant
-    qualifies or accuracy was not measured."""
+    less than 5%. Speedups that agree to one decimal are equal: then the smaller checkpoint (to two digits), then the
+    smaller increase decides. None if no variant qualifies or accuracy was not measured."""
     fit = [name for name, record in report["variants"].items() if _fit(report, name, record)]
     return min(fit, key=lambda name: (*_rank(report["variants"][name]), name), default=None)
 
 
 def _fit(report: dict[str, Any], name: str, record: dict[str, Any]) -> bool:
-    increases = [p["increase"] for p in record["accuracy"]["perplexity"] if p["increase"] is not None]
-    if not record["quantized"] or record["baseline"] or not increases:
+    scored = any(p["increase"] is not None for p in record["accuracy"]["perplexity"])
+    if not record["quantized"] or record["baseline"] or not scored:
         return False
     if any(not gate["passed"] for gate in record["gates"]):
         return False
     if any(f["variant"] == name and f["severity"] == "bad" for f in report["findings"]):
         return False
     limited = any(gate["name"] == "perplexity_increase" for gate in record["gates"])
-    return limited or max(increases) < INCREASE_NOTICEABLE
+    return limited or _increase(record) < INCREASE_NOTICEABLE
 
 
-def _rank(record: dict[str, Any]) -> tuple[float, float]:
+def _rank(record: dict[str, Any]) -> tuple[float, float, float]:
     size = record["size"]["checkpoint_bytes"]
-    return -(decode_speedup(record) or 0.0), math.inf if size is None else size
+    speedup = round(decode_speedup(record) or 0.0, 1)
+    return -speedup, math.inf if size is None else float(f"{size:.1e}"), _increase(record)
+
+
+def _increase(record: dict[str, Any]) -> float:
+    """The largest over the texts."""
+    return max(float(p["increase"]) for p in record["accuracy"]["perplexity"] if p["increase"] is not None)
 
 
 def decode_speedup(record: dict[str, Any]) -> float | None:

@@ -93,6 +93,21 @@ def test_advice_on_outliers_is_a_recipe(sample: object) -> None:
         assert recipe.rules or recipe.transforms
 
 
+@pytest.mark.parametrize(
+    ("name", "tap", "glob"),
+    [("model.layers.1.self_attn.k_proj", "attn_in", "model.layers.1.self_attn.[qkv]_proj"),
+     ("model.layers.1.mlp.up_proj", "mlp_in", "model.layers.1.mlp.[gu]*_proj"),
+     ("model.layers.1.mlp.down_proj", "down_in", "model.layers.1.mlp.down_proj"),
+     ("lm_head", None, "lm_head")],
+)  # fmt: skip
+def test_linears_that_run_as_one_are_advised_as_one(name: str, tap: str | None, glob: str) -> None:
+    from fnmatch import fnmatchcase
+
+    assert advice.together(replace(BAD, name=name, tap=tap)) == glob
+    assert fnmatchcase(name, glob)
+    assert not fnmatchcase("model.layers.1.self_attn.o_proj", glob)
+
+
 def test_smoothing_is_offered_only_where_a_norm_can_take_it() -> None:
     def offers(tap: str) -> bool:
         (finding,) = advice.layer_findings("a8w8", [replace(BAD, tap=tap)])
@@ -149,20 +164,37 @@ def scored(*increases: float | None) -> dict[str, Any]:
     [((), None), ((None,), None), ((0.049,), None), ((0.05,), "warn"), ((0.01, 0.19), "warn"), ((0.2,), "bad")],
 )
 def test_perplexity(increases: tuple[float | None, ...], severity: str | None) -> None:
-    finding = advice.accuracy_finding("v", scored(*increases), 0)
+    finding = advice.accuracy_finding("v", scored(*increases), [CLEAN])
     assert (finding.severity if finding else None) == severity
 
 
 def test_perplexity_names_the_worst_text_and_its_cause() -> None:
-    finding = advice.accuracy_finding("v", scored(0.06, 1.5), 3)
-    assert finding is not None
-    assert finding.what == "perplexity on d1 is 30.00, +150%"
-    assert finding.advice == ("mend the 3 inputs with outliers, or all at once: activations: {dynamic: true}",)
-    without = advice.accuracy_finding("v", scored(0.06), 0)
-    assert without is not None
-    assert "lowest SQNR" in without.advice[0]
+    def told(layers: list[LayerFacts]) -> tuple[str, ...]:
+        finding = advice.accuracy_finding("v", scored(0.06, 1.5), layers)
+        assert finding is not None
+        assert finding.what == "perplexity on d1 is 30.00, +150%"
+        return finding.advice
+
+    assert told([CLEAN, BAD, replace(BAD, block=3)]) == (
+        "mend the 2 inputs with outliers, or all at once: activations: {dynamic: true}",
+    )
+    assert (
+        told([replace(CLEAN, weights="int4")])[0] == "weights: {granularity: group, group_size: 32, symmetric: false}"
+    )
+    assert told([CLEAN]) == ("keep the layers with the lowest SQNR in float by rule: mode: float",)
 
 
+def test_the_worst_layer_comes_first() -> None:
+    layers = [
+        replace(BAD, block=i, name=f"model.layers.{i}.mlp.down_proj", typical_sqnr_db=db)
+        for i, db in ((1, 9.0), (2, 3.0))
+    ]
+    assert [f.layer for f in advice.layer_findings("v", layers)] == [
+        "model.layers.2.mlp.down_proj", "model.layers.1.mlp.down_proj",
+    ]  # fmt: skip
+
+
+BREAKS = "differ on identical inputs: the kernel breaks the specification"
 PARITY = {
     "codes_compared": 1000, "codes_different": 0, "scales_different": 0, "first_departure": None,
     "top1_served_simulated": 0.998, "kl_served_simulated": 1e-4,
@@ -173,19 +205,20 @@ PARITY = {
     ("change", "said"),
     [
         ({}, []),
-        ({"codes_different": 2}, ["2 of 1,000 codes and 0 scales differ on identical inputs"]),
-        ({"scales_different": 1}, ["0 of 1,000 codes and 1 scales differ on identical inputs"]),
+        ({"codes_different": 2}, [("bad", f"2 of 1,000 codes and 0 scales {BREAKS}")]),
+        ({"scales_different": 1}, [("bad", f"0 of 1,000 codes and 1 scales {BREAKS}")]),
         ({"first_departure": {"layer": "model.layers.3", "why": "a reason"}},
-         ["served departs from simulated at model.layers.3: a reason"]),
-        ({"top1_served_simulated": 0.997}, ["served against simulated: top-1 99.7%, KL 0.000100"]),
-        ({"kl_served_simulated": 2e-4}, ["served against simulated: top-1 99.8%, KL 0.000200"]),
+         [("warn", "served against simulated: top-1 99.8%, KL 0.000100; first departs at model.layers.3: a reason")]),
+        ({"top1_served_simulated": 0.997}, [("warn", "served against simulated: top-1 99.7%, KL 0.000100")]),
+        ({"kl_served_simulated": 2e-4}, [("warn", "served against simulated: top-1 99.8%, KL 0.000200")]),
         ({"top1_served_simulated": None, "kl_served_simulated": None}, []),
     ],
 )  # fmt: skip
-def test_parity(change: dict[str, Any], said: list[str]) -> None:
+def test_parity(change: dict[str, Any], said: list[tuple[str, str]]) -> None:
     found = advice.parity_findings("v", record(parity=PARITY | change))
-    assert [f.what for f in found] == said
-    assert all(f.severity == "bad" and "do not deploy" in f.advice[0] for f in found)
+    assert [(f.severity, f.what) for f in found] == said
+    assert all(f.advice for f in found)
+    assert advice.parity_findings("v", record()) == []
 
 
 def test_slower_than_the_baseline() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_the_size_ratio_falls_back_to_a_16_bit_baseline(scratch: Path) -> None:
     content = json.loads(path.read_text())
     del content["variants"]["fp32"]
     path.write_text(json.dumps(content))
+    shutil.rmtree(scratch / "checkpoint" / "fp32")
     report = build_report(read_run(scratch))
     assert report["variants"]["a8w8"]["size"]["ratio_to_fp32"] == pytest.approx(220 / 538)
 

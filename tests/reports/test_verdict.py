@@ -44,6 +44,7 @@ def gate(name: str = "perplexity_increase", passed: bool = True) -> dict[str, An
         ({"unmeasured": variant(None)}, None),
         ({"big": variant(speedup=None, size=200), "small": variant(speedup=None, size=100)}, "small"),
         ({"b": variant(), "a": variant()}, "a"),
+        ({"lossy": variant(0.03, 2.04, 163_400_000), "true": variant(0.002, 1.96, 163_500_000)}, "true"),
         ({"unknown": variant(speedup=None, size=None), "known": variant(speedup=None)}, "known"),
     ],
 )
