@@ -17,6 +17,7 @@ import numpy as np
 from quantbench.errors import QuantbenchError
 from quantbench.infer.checkpoint.check import FLOATS
 from quantbench.infer.checkpoint.record import RecordedStore
+from quantbench.infer.checkpoint.shard import Array
 from quantbench.infer.checkpoint.source import F32, ModelSource, open_model
 from quantbench.infer.models import LINEARS, block_prefix
 from quantbench.quantizers.formats import E4M3, FORMATS
@@ -27,6 +28,7 @@ from quantbench.vocabulary import BLOCK_SHAPE
 # Share of codes at the end of the range above which a scale is probably too small. Absmax itself puts one code of
 # each scale's span there (that share is allowed on top, twice), and a coarse format several.
 _SATURATED = {"int8": 0.01, "int4": 0.15, "fp8_e4m3": 0.01}
+_SIGNLESS, _LARGEST, _NAN = 0x7F, 0x7E, 0x7F  # bits of e4m3: mask of the sign, 448, NaN; casts of it are slow
 _UNUSED = 4.0  # a scale this many times larger than its codes need wastes two bits
 
 
@@ -50,11 +52,14 @@ def _damage(source: ModelSource) -> Iterator[Finding]:
 
 def _not_finite(source: ModelSource) -> Iterator[Finding]:
     for name in source.names():
-        if source.store.dtype(name) in (*FLOATS, E4M3):
-            values = source.store.read(name).astype(np.float32)
+        values = source.store.read(name)
+        bad = 0
+        if values.dtype == E4M3:
+            bad = int((values.view(np.uint8) & _SIGNLESS == _NAN).sum())
+        elif values.dtype in FLOATS:
             bad = int(values.size - np.isfinite(values).sum())
-            if bad:
-                yield Finding("error", name, f"{bad} of {values.size} values are NaN or infinite")
+        if bad:
+            yield Finding("error", name, f"{bad} of {values.size} values are NaN or infinite")
 
 
 def _untied(source: ModelSource) -> Iterator[Finding]:
@@ -94,15 +99,15 @@ def _codes(source: ModelSource, damaged: set[str]) -> Iterator[Finding]:
 
 
 def _code_messages(weight: QuantizedWeight) -> Iterator[str]:
-    distance = np.abs(weight.codes.astype(np.float32) - _zero(weight))
-    dead = int((distance.max(axis=1) == 0).sum())
+    magnitudes = _magnitudes(weight)
+    dead = int((magnitudes.max(axis=1) == 0).sum())
     if dead:
-        yield f"{dead} of {distance.shape[0]} outputs have only zero codes"
+        yield f"{dead} of {magnitudes.shape[0]} outputs have only zero codes"
     rate = saturation(weight)
     if rate > _SATURATED[weight.format] + 2 * weight.scale.size / weight.codes.size:
         yield f"{rate:.1%} of the codes are at the end of the range; the scale may be too small"
     if weight.zero is None:
-        highest = _highest(distance, weight)
+        highest = _highest(magnitudes, weight)
         wasted = int(((highest > 0) & (highest * _UNUSED < FORMATS[weight.format].qmax)).sum())
         if wasted:
             yield f"{wasted} of {highest.size} scales are over {_UNUSED:.0f} times larger than their codes need"
@@ -110,26 +115,32 @@ def _code_messages(weight: QuantizedWeight) -> Iterator[str]:
 
 def saturation(weight: QuantizedWeight) -> float:
     """Share of codes that are the smallest or largest of the format."""
+    if weight.codes.dtype == E4M3:
+        return float((weight.codes.view(np.uint8) & _SIGNLESS >= _LARGEST).mean())
     fmt = FORMATS[weight.format]
-    codes = weight.codes.astype(np.float32)
-    return float(((codes <= fmt.qmin) | (codes >= fmt.qmax)).mean())
+    return float(((weight.codes <= fmt.qmin) | (weight.codes >= fmt.qmax)).mean())
 
 
-def _zero(weight: QuantizedWeight) -> F32:
-    if weight.zero is None:
-        return np.zeros((1, 1), np.float32)
-    shape = (weight.codes.shape[0], weight.codes.shape[1])
-    return expand(weight.zero, weight.granularity, shape, weight.group_size).astype(np.float32)
+def _magnitudes(weight: QuantizedWeight) -> Array:
+    """|code - zero| [N, K] as integers; of e4m3 the bits without the sign, which are in the order of the values."""
+    if weight.codes.dtype == E4M3:
+        return weight.codes.view(np.uint8) & _SIGNLESS
+    codes = weight.codes.astype(np.int16)
+    if weight.zero is not None:
+        shape = (codes.shape[0], codes.shape[1])
+        codes -= expand(weight.zero, weight.granularity, shape, weight.group_size).astype(np.int16)
+    return np.abs(codes)
 
 
-def _highest(distance: F32, weight: QuantizedWeight) -> F32:
-    """The largest code under each scale, one per scale."""
+def _highest(magnitudes: Array, weight: QuantizedWeight) -> F32:
+    """The largest |code| under each scale, one per scale."""
     if weight.granularity == "tensor":
-        height, width = distance.shape
+        height, width = magnitudes.shape
     elif weight.granularity == "block":
         height, width = BLOCK_SHAPE
     else:
-        height, width = 1, weight.group_size or distance.shape[1]
-    tall = np.maximum.reduceat(distance, range(0, distance.shape[0], height), axis=0)
-    spans: F32 = np.maximum.reduceat(tall, range(0, distance.shape[1], width), axis=1)
-    return spans
+        height, width = 1, weight.group_size or magnitudes.shape[1]
+    tall = np.maximum.reduceat(magnitudes, range(0, magnitudes.shape[0], height), axis=0)
+    spans = np.maximum.reduceat(tall, range(0, magnitudes.shape[1], width), axis=1)
+    values = spans.view(E4M3) if weight.codes.dtype == E4M3 else spans
+    return values.astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -141,3 +142,17 @@ def test_scales_far_too_large(spoil, mode, plan, scales):
 def test_saturation_counts_both_ends():
     codes = np.array([[-8, 7, 0, 1]], np.int8)
     assert saturation(QuantizedWeight("int4", "channel", codes, np.ones((1, 1), np.float32))) == 0.5
+
+
+def test_nan_codes_of_fp8(spoil):
+    def nan(codes):
+        codes.view(np.uint8)[1, 2] = 0xFF
+        return codes
+
+    path = spoil("a8w8_fp8", {f"{UP}.weight": nan}, granularity="channel")
+    assert ("error", f"{UP}.weight", "1 of 8192 values are NaN or infinite") in found(path)
+
+
+def test_saturation_of_fp8():
+    codes = np.array([[448, -448, 416, 0]], ml_dtypes.float8_e4m3fn)
+    assert saturation(QuantizedWeight("fp8_e4m3", "channel", codes, np.ones((1, 1), np.float32))) == 0.5
