@@ -108,9 +108,7 @@ def observe_again(
 def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
     """Decide and write from the statistics of an earlier run: no forward, so nothing can be observed again."""
     if stream.name:
-        raise CalibrationError(
-            "--from choose: with quantized inputs every block sees the last one: use --from collect"
-        )
+        raise CalibrationError("--from choose: with quantized inputs every block sees the last one: use --from collect")
 
     def refuse(_: Mapping[str, Float]) -> dict[str, stats.Statistics]:
         raise CalibrationError(

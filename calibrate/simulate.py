@@ -103,11 +103,15 @@ def simulate(
     forward: BlockForward | None = None,
     taps: bool = True,
     cache: str | None = None,
+    followed: Sequence[Float] | None = None,
 ) -> Trace:
     """One window of T token ids through a source as it is stored (float or quantized).
 
     The trace has the hidden state after every block f32[T, D], the logits f32[T, V] and, with `taps`, what every tap
-    saw. `forward` may be shared between windows of one source.
+    saw. `forward` may be shared between windows of one source. `followed`: hidden states after every block of another
+    run; block n then starts from followed[n - 1] instead of from its own, so that every block is compared on
+    identical inputs. Rounding makes a free-running comparison chaotic: one code that falls to the other side of an
+    edge moves later values, which move later codes, until two correct runs differ by as much as quantization costs.
     """
     forward = forward or PaddleForward.of(source)
     window = np.asarray(ids, np.int32)[None, :]
@@ -121,6 +125,8 @@ def simulate(
         hidden = forward.run(hidden, lengths, hook, (*hook.inputs, *_RECORDED))
         trace.hidden.append(hidden[0].copy())
         trace.taps |= {f"{block_prefix(layer)}.{name}": tap for name, tap in (hook.record or {}).items()}
+        if followed is not None and layer + 1 < source.config.num_layers:
+            hidden = followed[layer][None]
     head = FakeQuantize(_head_input(source), CacheFormat("float32"), {} if taps else None)
     trace.logits = forward.head(hidden[0], head)
     trace.taps |= head.record or {}

@@ -96,14 +96,16 @@ def parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan, progre
     context = min(first.context, recipe.parity.tokens + 1)
     windows = [w.tolist() for w in eval_windows(first.data, recipe.parity.tokens, context, source.tokenizer())]
     progress.stage("parity", len(plan.variants))
-    base = traces(EngineSpec(recipe.model, "fp32"), windows)
+    base = [replace(trace, taps={}) for trace in traces(EngineSpec(recipe.model, "fp32"), windows)]
     variants = {}
     for name in plan.variants:
         checkpoint = open_model(checkpoint_path(folder, name))
         judged = Parity()
         served = traces(EngineSpec(str(checkpoint.path)), windows)
         for window, float_trace, served_trace in zip(windows, base, served, strict=True):
-            judged.add(float_trace, simulate(checkpoint, window), served_trace)
+            followed = simulate(checkpoint, window, followed=served_trace.hidden)
+            free = simulate(checkpoint, window, taps=False).logits
+            judged.add(float_trace, followed, served_trace, free)
         variants[name] = judged.result()
         gc.collect()
         progress.advance()
@@ -127,11 +129,7 @@ def throughput(folder: Path, recipe: Recipe, engines: Engines, progress: Progres
 
 def judge(folder: Path, recipe: Recipe) -> list[GateResult]:
     """Hold the measurements against the recipe's gates: gates.json. A gate on nothing measured is an error."""
-    read = {
-        name: json.loads((folder / name).read_text()) if (folder / name).exists() else None for name in MEASUREMENTS
-    }
-    asked = {v.name: recipe.gates.of(v.name) for v in recipe.modes}
-    results = evaluate_gates(asked, *read, sizes(folder))
+    results = evaluate_gates(recipe.gate_limits(), *(read(folder / name) for name in MEASUREMENTS), sizes(folder))
     rows = [
         {
             "name": r.gate,
@@ -146,6 +144,11 @@ def judge(folder: Path, recipe: Recipe) -> list[GateResult]:
     if rows:
         (folder / GATES_FILE).write_text(json.dumps({"gates": rows}, indent=1))
     return results
+
+
+def read(path: Path) -> Any:
+    """The content of a JSON file; None where its stage was switched off."""
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def sizes(folder: Path) -> dict[str, int]:

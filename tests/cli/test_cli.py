@@ -82,7 +82,8 @@ def test_doctor_tells_what_is_here(quantbench: Command) -> None:
     [
         (["bench", "x", "--device", "cuda"], "this build has no cuda runtime. Known: cpu"),
         (["bench", "x", "--batches", "1,many"], "--batches '1,many': give positive whole numbers"),
-        (["eval", "no/such/model/here"], "no such model"),
+        (["eval", "x"], "nothing to evaluate: give a text (--text FILE)"),
+        (["eval", "no/such/model/here", "--text", "demo:wikipedia"], "no such model"),
         (["fetch", "demo:gpt9"], "demo:smollm2"),
     ],
 )

@@ -8,36 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
 
 import typer
 
+import quantbench.cli.doctor
+import quantbench.cli.files
+import quantbench.cli.models
+import quantbench.cli.run  # noqa: F401  (each of these registers its commands)
+from quantbench.cli.app import app
 from quantbench.errors import QuantbenchError
-
-app = typer.Typer(
-    name="quantbench",
-    help="Calibrate and quantize LLMs, serve the exported bytes at once, and report what it cost and what it gained.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    if version:
-        from quantbench import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
-    if debug:
-        os.environ["QUANTBENCH_DEBUG"] = "1"
-
-
-from quantbench.cli import doctor, files, models, run  # noqa: E402, F401  (they register their commands on `app`)
 
 
 def main() -> None:

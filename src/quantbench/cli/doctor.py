@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantbench.cli import app
+from quantbench.cli.app import app
 
 # distribution -> (what it is for, the line that adds it)
 _PARTS = {

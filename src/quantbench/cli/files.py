@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantbench.cli import app
+from quantbench.cli.app import app
 from quantbench.cli.show import print_json, print_rows
 
 PathArgument = Annotated[Path, typer.Argument(help="A checkpoint, a model directory, a GGUF file or a scale table.")]

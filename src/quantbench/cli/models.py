@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantbench.cli import app
+from quantbench.cli.app import app
 from quantbench.cli.show import print_json, print_rows
 from quantbench.errors import DataError, RequestError
 

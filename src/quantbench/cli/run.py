@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantbench.cli import app
+from quantbench.cli.app import app
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe word: --set calibration.samples=16")]
