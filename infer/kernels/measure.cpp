@@ -1,6 +1,7 @@
 // What calibration observes, and what this machine can reach at most.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <mutex>
 
 #include "kernels.h"
@@ -57,7 +58,7 @@ void Kernels::absmax(ConstFloats x, int64_t rows, Array<float, 1> out) const {
     for (int64_t i = 0; i < rows * pieces; ++i) {
         float& best = out.data()[i / pieces];
         if (i % pieces == 0) best = 0.0f;
-        if (!(tops[size_t(i)] <= best)) best = tops[size_t(i)];
+        if (!std::isnan(best) && !(tops[size_t(i)] <= best)) best = tops[size_t(i)];
     }
 }
 

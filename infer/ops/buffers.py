@@ -34,7 +34,8 @@ class Buffers(threading.local):
             return np.empty(shape, kind)
         size = 1 << (count * kind.itemsize - 1).bit_length()
         flat = self._free(size)[: count * kind.itemsize]
-        return flat.view(kind).reshape(shape)
+        array: Array = flat.view(kind).reshape(shape)
+        return array
 
     def _free(self, size: int) -> Array:
         buffers = self._by_size.setdefault(size, [])

@@ -99,8 +99,9 @@ def _part(w: LinearWeightLike) -> Part:
     if isinstance(weight, np.ndarray):
         return Part((w.name,), FLOAT_KINDS[codes.dtype], codes, None, None, codes.shape[1], bias, None)
     columns = codes.shape[1]
-    sizes: dict[Any, int] = {"group": weight.group_size or columns, "block": BLOCK}
-    group = sizes.get(weight.granularity, columns)
+    group: int = columns
+    if weight.granularity in ("group", "block"):
+        group = int(weight.group_size or columns) if weight.granularity == "group" else BLOCK
     scale = per_group(weight.scale, weight.granularity, codes.shape[0]).astype(np.float32)
     zero = None if weight.zero is None else per_group(weight.zero, weight.granularity, codes.shape[0]).astype(np.int32)
     kind = CODE_KINDS[weight.format]

@@ -89,7 +89,8 @@ def attend(q: Floats, keys: Floats, values: Floats, first: int, window: int | No
     scores = np.where(hidden, -np.inf, scores)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("htc,chd->thd", weights, v).astype(np.float32)
+    out: Floats = np.einsum("htc,chd->thd", weights, v).astype(np.float32)
+    return out
 
 
 class ReferenceOps:
