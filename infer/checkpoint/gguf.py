@@ -47,6 +47,18 @@ _SAME_MATRIX = 0.999  # cosine above which token_embd and output are two qualiti
 _SAMPLED_ROWS = 1024
 
 
+class _Reader(GGUFReader):
+    """The library's reader on a plain array: it slices once per string, and slicing np.memmap is slow (3x in all)."""
+
+    @property
+    def data(self) -> Any:
+        return self._plain
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._plain = np.asarray(mapped)
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """One tensor of a GGUF file; `shape` in numpy order (GGUF lists the fastest dimension first)."""
@@ -128,7 +140,7 @@ def open_gguf(path: Path, name: str | None = None) -> ModelSource:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
-        reader = GGUFReader(path)
+        reader = _Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as reason:
         raise ModelError(f"{path}: not a GGUF file, or truncated ({reason}). Copy it again") from None
     unsupported = sorted({t.tensor_type.name for t in reader.tensors} - set(TYPES))
