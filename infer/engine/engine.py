@@ -29,7 +29,6 @@ from quantbench.infer.engine.text import TextStream
 from quantbench.infer.engine.trace import Trace
 from quantbench.infer.engine.weights import load_model
 from quantbench.infer.ops import Ops, load_ops
-from quantbench.infer.ops.cpu import set_threads
 from quantbench.vocabulary import Mode
 
 F32 = npt.NDArray[np.float32]
@@ -72,8 +71,8 @@ class Engine:
         own, converts = resolve_mode(source, mode)
         limits = limits_of(source.config, own.cache, cache_tokens, max_batch, chunk)
         table = load_ops(ops) if isinstance(ops, str) else ops
-        if threads is not None and table.name == "cpu":
-            set_threads(threads)
+        if threads is not None:
+            table.set_threads(threads)
         weights = load_model(source, table, own if converts else None)
         scales = [source.cache_scales(layer) for layer in range(source.config.num_layers)]
         cache = KVCache(source.config, own.cache, limits.cache_tokens, scales)

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from quantbench.errors import RequestError
+from quantbench.errors import CheckpointError, RequestError
 from quantbench.infer.engine.cache import KVCache, pages_for
 from quantbench.infer.engine.forward import Model, Rows, batch_of, logits_of, rope_tables, run_layers
 from quantbench.infer.engine.limits import Limits, check_ids
 from quantbench.infer.engine.scheduler import Chunk, Running
 from quantbench.infer.engine.trace import Recorder, Trace
-from quantbench.infer.ops import Ops
+from quantbench.infer.models import block_prefix
+from quantbench.infer.ops import Batch, Ops
 
 F32 = npt.NDArray[np.float32]
 
@@ -35,16 +36,35 @@ class Runner:
     def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
         """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""
         batch = batch_of(rows)
-        x, delta = run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
         if not wanted:
+            run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
             return np.empty((0, self.model.config.vocab_size), np.float32)
-        return logits_of(self.ops, self.model, x, delta, batch.starts[1:][wanted].astype(np.int64) - 1)
+        return self._logits(batch, self._rope, batch.starts[1:][wanted].astype(np.int64) - 1)
 
     def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
         """Logits of every position of one window, as (start, f32[chunk, V])."""
         for rows, rope in self._window(ids):
-            x, delta = run_layers(self.ops, self.model, batch_of([rows]), rope, self.cache.layers)
-            yield rows.start, logits_of(self.ops, self.model, x, delta)
+            yield rows.start, self._logits(batch_of([rows]), rope)
+
+    def _logits(self, batch: Batch, rope: tuple[F32, F32], rows: npt.NDArray[np.int64] | None = None) -> F32:
+        """Logits of `rows` of a batch. Raises CheckpointError naming the first layer that is not finite."""
+        x, delta = run_layers(self.ops, self.model, batch, rope, self.cache.layers)
+        logits = logits_of(self.ops, self.model, x, delta, rows)
+        with np.errstate(invalid="ignore"):  # a NaN or an infinity anywhere survives the sum
+            finite = np.isfinite(logits.sum())
+        if not finite:
+            raise CheckpointError(self._culprit(batch, rope))
+        return logits
+
+    def _culprit(self, batch: Batch, rope: tuple[F32, F32]) -> str:
+        """Runs a batch again, watching, to say where its numbers stop being finite."""
+        recorder = Recorder(self.ops, len(self.model.layers))
+        x, delta = run_layers(recorder, self.model, batch, rope, self.cache.layers)
+        logits_of(recorder, self.model, x, delta)
+        broken = (i for i, hidden in enumerate(recorder.trace.hidden) if not np.isfinite(hidden).all())
+        layer = next(broken, None)
+        name = "the final norm or lm_head" if layer is None else block_prefix(layer)
+        return f"{name}: its output has a NaN or an infinity: a weight is damaged, run `quantbench lint` on the model"
 
     def trace(self, ids: Sequence[int]) -> Trace:
         """Everything one window does in every layer."""

@@ -68,6 +68,9 @@ class Recorder:
         self._layer = ""
         self._after_attention = False
 
+    def set_threads(self, threads: int | None) -> int:
+        return self._ops.set_threads(threads)
+
     def pack(self, weight: Weights) -> Packed:
         return self._ops.pack(weight)
 
