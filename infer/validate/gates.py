@@ -111,7 +111,11 @@ def _checkpoint_ratio(measured: Measured, variant: str) -> Reading | None:
 def _parity(key: str) -> Reader:
     def read(measured: Measured, variant: str) -> Reading | None:
         row = (measured.parity or {}).get("variants", {}).get(variant, {})
-        return Reading(float(row[key])) if key in row else None
+        return (
+            Reading(float(row[key]), where=" on the same input" if row.get("same_input") else "")
+            if key in row
+            else None
+        )
 
     return read
 
