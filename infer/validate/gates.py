@@ -111,11 +111,8 @@ def _checkpoint_ratio(measured: Measured, variant: str) -> Reading | None:
 def _parity(key: str) -> Reader:
     def read(measured: Measured, variant: str) -> Reading | None:
         row = (measured.parity or {}).get("variants", {}).get(variant, {})
-        return (
-            Reading(float(row[key]), where=" on the same input" if row.get("same_input") else "")
-            if key in row
-            else None
-        )
+        where = " on the same input" if row.get("same_input") else " free running"
+        return Reading(float(row[key]), where=where) if key in row else None
 
     return read
 
