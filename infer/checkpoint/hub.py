@@ -9,6 +9,7 @@ from typing import Any
 from quantbench.errors import DependencyError, ModelError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_UNWANTED = ["consolidated*", "original/*"]  # the same weights once more, in another layout
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
@@ -31,7 +32,7 @@ def fetch_hub(name: str) -> Path:
     """Downloads `name` into the cache of huggingface_hub. Raises ModelError with the hub's own reason."""
     hub = _hub()
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=_WANTED))
+        return Path(hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (OSError, ValueError) as reason:
         raise ModelError(f"{name}: the hub did not give it: {reason}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from quantbench.infer.checkpoint.gguf import GgufStore
+from quantbench.infer.checkpoint.quantized import linear_shape
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.vocabulary import LayerPlan
 
@@ -29,26 +30,28 @@ def describe(path: str | Path) -> list[Row]:
     """Rows of whatever `open_model` opens, in the order of the names. Raises what `open_model` raises."""
     source = open_model(path)
     plans = source.quantization.layers if source.quantization else {}
-    rows = [_linear_row(source, plan) for plan in plans.values()]
-    rest = [name for name in source.names() if name.rpartition(".")[0] not in plans or name.endswith(".bias")]
+    parts: dict[str, list[str]] = {name: [] for name in plans}
+    rest = []
+    for name in source.names():
+        module = name.rpartition(".")[0]
+        (parts[module] if module in plans and not name.endswith(".bias") else rest).append(name)
+    rows = [_linear_row(source, plan, parts[plan.name]) for plan in plans.values()]
     rows += [_tensor_row(source, name) for name in rest]
     return sorted(rows, key=lambda row: _natural(row.name))
 
 
-def _linear_row(source: ModelSource, plan: LayerPlan) -> Row:
-    parts = [n for n in source.names() if n.rpartition(".")[0] == plan.name and not n.endswith(".bias")]
+def _linear_row(source: ModelSource, plan: LayerPlan, parts: list[str]) -> Row:
     scale = np.asarray(source.read(f"{plan.name}.weight_scale"), np.float32)
     size = f" {plan.group_size}" if plan.group_size else ""
     symmetry = "" if plan.symmetric else ", asymmetric"
     inputs = "float" if plan.activations is None else f"{plan.activations} per token"
     if plan.activations and not plan.dynamic:
         inputs = f"{plan.activations} static {float(source.read(f'{plan.name}.input_scale').reshape(-1)[0]):.4g}"
-    weight = source.linear(plan.name).weight
     return Row(
         plan.name,
         f"{plan.weights} {plan.granularity}{size}{symmetry}",
         inputs,
-        tuple(weight.shape if isinstance(weight, np.ndarray) else weight.codes.shape),
+        linear_shape(plan.name, source.config),
         sum(_bytes(source, part) for part in parts),
         float(scale.min()),
         float(scale.max()),

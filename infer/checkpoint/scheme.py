@@ -162,7 +162,10 @@ def _parse_group(key: str, group: Mapping[str, Any], problems: list[str]) -> Lay
         problems.append(f"{key}.format: {group['format']!r} is not supported; allowed: {', '.join(_LAYOUTS)}")
     if group.get("output_activations"):
         problems.append(f"{key}.output_activations: not supported; it must be null")
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not weights:
+        problems.append(f"{key}.weights: absent; only groups that quantize weights are supported")
+        return None
     fmt = _format(f"{key}.weights", weights, problems)
     strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or -1) > 0 else "tensor")
     problems += _weight_problems(f"{key}.weights", weights, strategy)

@@ -127,6 +127,7 @@ class CheckpointWriter:
             raise CheckpointError(*(f"variant {self.variant.name}: {problem}" for problem in problems))
         record = self._empty_record()
         write_shard(self._staging / self._shard_name(index), stored, record)
+        sync_directory(self._staging)  # the record must not reach the disk before the shard it vouches for
         write_atomically(self._record_path(index), record.to_json())
 
     def _as_stored(self, name: str, array: Array) -> Array:

@@ -97,6 +97,7 @@ REFUSED = [
     ("kv_cache_scheme/dynamic", True, "kv_cache_scheme: only static symmetric scales are supported"),
     ("kv_cache_scheme/num_bits", 4, "kv_cache_scheme.num_bits: 4 is not supported; allowed: 8"),
     (f"{GROUP}/format", "nvfp4-pack-quantized", "format: 'nvfp4-pack-quantized' is not supported; allowed: int-quant"),
+    (f"{GROUP}/weights", None, "group_0.weights: absent; only groups that quantize weights are supported"),
     (f"{GROUP}/output_activations", {"num_bits": 8}, "output_activations: not supported; it must be null"),
     (f"{GROUP}/weights/color", 1, "weights.color: unknown key. Known: num_bits"),
     (f"{GROUP}/weights/num_bits", 3, "weights: 3 int is not supported; allowed: 4 int, 8 float, 8 int"),
