@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import matplotlib
@@ -76,21 +77,31 @@ def _percent_axis(axes: Axes, values: list[float]) -> None:
 
 
 def _label_points(figure: Figure, axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside the marks, pushed down where two would overlap (in pixels, from the top down)."""
+    """Names beside the marks, moved down or up by the least that keeps them apart and inside (pixels, from the top)."""
     figure.draw_without_rendering()
     pixel = {name: axes.transData.transform(point) for name, point in points.items()}
     placed: list[tuple[float, float, float]] = []  # left, right, height of every label so far
-    middle = axes.transAxes.transform((0.62, 0))[0]
+    middle, floor = axes.transAxes.transform((0.62, 0))
     for name in sorted(points, key=lambda n: -pixel[n][1]):
         x, y = pixel[name]
         width = LETTER_PX * len(name)
         left, right = (x - 16 - width, x) if x > middle else (x, x + 16 + width)
-        while any(abs(y - other) < LINE_PX and left < end and start < right for start, end, other in placed):
-            y -= 3
+        beside = [other for start, end, other in placed if left < end and start < right]
+        y = next(
+            y + step for step in _steps() if y + step > floor and all(abs(y + step - o) >= LINE_PX for o in beside)
+        )
         placed.append((left, right, y))
         offset = (-11 if x > middle else 11, (y - pixel[name][1]) * 72 / figure.dpi)
         axes.annotate(name, points[name], xytext=offset, textcoords="offset points", fontsize=9, color=INK,
                       ha="right" if x > middle else "left", va="center")  # fmt: skip
+
+
+def _steps() -> Iterator[float]:
+    """0, -3, 3, -6, 6, …"""
+    yield 0.0
+    for distance in itertools.count(3, 3):
+        yield -float(distance)
+        yield float(distance)
 
 
 LETTER_PX, LINE_PX = 7.5, 15  # of a 9 point label at 100 dots per inch
