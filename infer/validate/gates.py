@@ -111,8 +111,7 @@ def _checkpoint_ratio(measured: Measured, variant: str) -> Reading | None:
 def _parity(key: str) -> Reader:
     def read(measured: Measured, variant: str) -> Reading | None:
         row = (measured.parity or {}).get("variants", {}).get(variant, {})
-        where = " on the same input" if row.get("same_input") else " free running"
-        return Reading(float(row[key]), where=where) if key in row else None
+        return Reading(float(row[key])) if row.get(key) is not None else None
 
     return read
 

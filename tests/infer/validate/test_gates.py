@@ -74,13 +74,6 @@ def test_sentences_say_what_where_and_how_sure():
     assert judge("choices_drop", 0.03)[0].interval == (-0.01, 0.05)
 
 
-def test_parity_says_whether_both_had_the_same_input():
-    assert "parity_top1 99.900% free running meets" in judge("parity_top1", 0.9)[0].sentence
-    same = {"variants": {"q": PARITY["variants"]["q"] | {"same_input": True}}}
-    (result,) = evaluate_gates({"q": {"parity_kl": 1e-4}}, ACCURACY, parity=same)
-    assert result.sentence == "q: parity_kl 1.00e-05 on the same input meets the limit of at most 1.00e-04"
-
-
 def test_a_size_is_held_against_the_given_float_size_or_the_measured_one():
     assert judge("checkpoint_ratio", 1, sizes={"q": 400})[0].value == 0.5
     with pytest.raises(RecipeError, match="checkpoint_ratio of q was not measured"):
