@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,16 @@ R = TypeVar("R")
 
 @cache
 def import_paddle() -> Any:
-    """The `paddle` module, quiet, with its threads set to the cores this process may use. Raises DependencyError."""
-    threads = default_threads()  # read before paddle sets OMP_NUM_THREADS to 1
+    """The `paddle` module, quiet, with one thread for each of its operators. Raises DependencyError.
+
+    One thread, because the last bits of a matrix product depend on how many share it, and the same recipe must give
+    the same bytes whatever the number of cores. All cores are used by working on several batches at once (`each`).
+    """
     if _is_amd():
         # Paddle's MKL (2019) takes a slow path on AMD unless told that the CPU has AVX2: 39 -> 99 GFLOP/s per core.
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     os.environ.setdefault("GLOG_minloglevel", "2")
+    threads = os.environ.get("OMP_NUM_THREADS")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -35,7 +39,9 @@ def import_paddle() -> Any:
                 f"calibration computes with PaddlePaddle, which cannot be imported here ({error}). Install it with: "
                 'pip install "paddlepaddle>=3.3,<3.4" (CPU), or paddlepaddle-gpu of the same version for a GPU'
             ) from error
-    paddle.base.core.set_num_threads(threads)
+    if threads is None:
+        os.environ.pop("OMP_NUM_THREADS", None)  # its import sets it to 1, for us and for every child process
+    paddle.base.core.set_num_threads(1)
     return paddle
 
 
@@ -57,27 +63,21 @@ def select_device(paddle: Any, device: str) -> None:
         ) from error
 
 
-def each(paddle: Any, threads: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`work(item)` for every item, `threads` of them at once, one core each; results in the order of `items`.
+def each(threads: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work(item)` for every item, `threads` of them at once; results in the order of `items`.
 
-    Paddle's element-wise CPU kernels use one core whatever the number of threads, so several batches at once are
-    faster than one batch on all cores. At most `threads` items are begun and not yet taken.
+    At most `threads` items are begun and not yet taken.
     """
     if threads == 1:
         yield from map(work, items)
         return
-    paddle.base.core.set_num_threads(1)
-    pending: deque[Future[R]] = deque()
     remaining = iter(items)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            pending.extend(pool.submit(work, item) for item in islice(remaining, threads))
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(pool.submit(work, item) for item in islice(remaining, 1))
-                yield result
-    finally:
-        paddle.base.core.set_num_threads(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque(pool.submit(work, item) for item in islice(remaining, threads))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(work, item) for item in islice(remaining, 1))
+            yield result
 
 
 def _is_amd() -> bool:

@@ -26,6 +26,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 QUERY_CHUNK = 128  # queries per attention step: bounds the scores and skips keys that come after the chunk
+HEAD_ROWS = 128  # tokens whose logits are computed at once
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class PaddleForward:
     ) -> None:
         self.config = config
         self._read = read
-        self._threads = threads or default_threads()
         self._paddle = import_paddle()
-        self._paddle.base.core.set_num_threads(self._threads)
         if device is not None:
             select_device(self._paddle, device)
+        # A GPU works on one batch at a time; a CPU on one per core.
+        self._threads = (threads or default_threads()) if str(self._paddle.get_device()) == "cpu" else 1
         self._layer = -1
         self._weights: dict[str, Tensor] = {}
         self._outer: dict[str, Tensor] = {}  # final norm and head, while `head` is in use
@@ -106,8 +107,7 @@ class PaddleForward:
             return self._array(self._framed(x, frame)).reshape(hidden.shape)
 
     def each(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        on_cpu = str(self._paddle.get_device()) == "cpu"
-        return each(self._paddle, self._threads if on_cpu else 1, work, items)
+        return each(self._threads, work, items)
 
     def head(self, hidden: Float, tap_hook: TapHook | None = None) -> Float:
         if not self._outer:
@@ -116,8 +116,16 @@ class PaddleForward:
         with self._paddle.no_grad():
             x = self._rms(self._tensor(hidden).reshape([-1, hidden.shape[-1]]), self._outer[NORM])
             x = self._tap(HEAD_TAP, x, _Taps(tap_hook, (HEAD_TAP,)))
-            logits = self._paddle.matmul(x, self._outer[HEAD], transpose_y=True)
-            return self._array(logits).reshape(*hidden.shape[:-1], -1)
+        logits = np.empty((x.shape[0], self._outer[HEAD].shape[0]), np.float32)
+
+        def project(start: int) -> None:
+            with self._paddle.no_grad():
+                rows = self._paddle.matmul(x[start : start + HEAD_ROWS], self._outer[HEAD], transpose_y=True)
+                logits[start : start + HEAD_ROWS] = self._array(rows)
+
+        for _ in self.each(project, range(0, len(logits), HEAD_ROWS)):
+            pass
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     # Between numpy and Paddle
 

@@ -53,9 +53,15 @@ def test_threads_follow_the_environment_variable(monkeypatch: pytest.MonkeyPatch
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
 
 
+def test_importing_leaves_the_variable_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code = "import os; from quantbench.calibrate.paddle_device import *; import_paddle(); print(default_threads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert int(done.stdout) == len(os.sched_getaffinity(0))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_each_keeps_the_order_and_passes_errors_on(threads: int) -> None:
-    paddle = import_paddle()
-    assert list(each(paddle, threads, lambda x: x * x, range(10))) == [x * x for x in range(10)]
+    assert list(each(threads, lambda x: x * x, range(10))) == [x * x for x in range(10)]
     with pytest.raises(ZeroDivisionError):
-        list(each(paddle, threads, lambda x: 1 // x, [3, 2, 0, 1]))
+        list(each(threads, lambda x: 1 // x, [3, 2, 0, 1]))

@@ -118,6 +118,20 @@ def test_work_on_several_batches_at_once_keeps_order_and_bits(decoder: Decoder) 
     np.testing.assert_array_equal(together, one_by_one)
 
 
+@pytest.mark.parametrize("tokens", [1, 128, 300])
+def test_bits_do_not_depend_on_the_number_of_threads(tokens: int) -> None:
+    decoder = Decoder(tiny_config(vocab_size=512, hidden_size=64))  # a shape at which shared products differ
+    hidden = np.random.default_rng(0).standard_normal((1, tokens, 64)).astype(np.float32)
+    results = []
+    for threads in (1, 2, 3):
+        forward = decoder.forward(threads=threads)
+        forward.load(0, decoder.block(0))
+        results.append((forward.run(hidden, np.array([tokens], np.int32)), forward.head(hidden)))
+    for out, logits in results[1:]:
+        np.testing.assert_array_equal(out, results[0][0])
+        np.testing.assert_array_equal(logits, results[0][1])
+
+
 def test_missing_weights_are_all_named(decoder: Decoder) -> None:
     weights = decoder.block(1)
     del weights["mlp.up_proj.weight"], weights["input_layernorm.weight"]
