@@ -221,7 +221,7 @@ class Engine:
         p, prompt = request.params, request.prompt
         check_ids(prompt, self.config, self.limits.max_length - 1, self.limits.reason)
         stop_ids = self._stop_ids(p.stop_token_ids, p.ignore_eos)
-        tokenizer = self._optional_tokenizer()
+        tokenizer = self._optional_tokenizer() if p.detokenize else None
         if p.stop and tokenizer is None:
             raise RequestError(
                 f"stop: {self.source.name} has no tokenizer to find stop strings with; use stop_token_ids"
@@ -233,7 +233,7 @@ class Engine:
             prompt_length=len(prompt),
             limit=min(len(prompt) + p.max_tokens, self.limits.max_length),
             sampler=Sampler(p, stop_ids),
-            text=TextStream(tokenizer.stream(), p.stop) if tokenizer and p.detokenize else None,
+            text=TextStream(tokenizer.stream(), p.stop) if tokenizer else None,
         )
 
     def _stop_ids(self, asked: tuple[int, ...], ignore_eos: bool) -> frozenset[int]:

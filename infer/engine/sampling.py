@@ -105,7 +105,8 @@ def distribution(logits: F32, p: SamplingParams) -> tuple[I64, F64]:
     """Candidate ids and their probabilities f64 (sum 1) after temperature, top-k and top-p (Holtzman et al. 2020,
     section 3.1: the smallest set whose mass reaches `top_p`). Candidates stand in order of falling probability
     where top-k or top-p asks for an order, else in order of id. Raises RequestError where no logit is finite."""
-    scaled = logits.astype(np.float64) / p.temperature
+    with np.errstate(over="ignore", invalid="ignore"):  # judged below, in one place
+        scaled = logits / np.float32(p.temperature)
     top = scaled.max()
     if not np.isfinite(top):
         raise RequestError(
@@ -119,11 +120,11 @@ def distribution(logits: F32, p: SamplingParams) -> tuple[I64, F64]:
         ids = _largest(weights, count)
     else:
         ids = np.arange(weights.size)
-    chosen = weights[ids]
+    chosen = weights[ids].astype(np.float64)
     return ids, chosen / chosen.sum()
 
 
-def _largest(weights: F64, count: int) -> I64:
+def _largest(weights: F32, count: int) -> I64:
     """Indices of the `count` largest weights, falling, equal ones in order of id."""
     ids = np.sort(np.argpartition(weights, weights.size - count)[-count:]) if count < weights.size else None
     if ids is None:
@@ -131,16 +132,17 @@ def _largest(weights: F64, count: int) -> I64:
     return ids[np.argsort(-weights[ids], kind="stable")]
 
 
-def _nucleus(weights: F64, count: int, top_p: float) -> I64:
+def _nucleus(weights: F32, count: int, top_p: float) -> I64:
     """The fewest of the `count` largest weights whose sum reaches `top_p` of their total. Sorts a short head first:
     a whole vocabulary takes milliseconds to sort and the nucleus is nearly always small."""
-    total = weights.sum() if count == weights.size else weights[_largest(weights, count)].sum()
-    for head in (min(256, count), count):
-        ids = _largest(weights, head)
-        mass = np.cumsum(weights[ids])
-        if mass[-1] >= top_p * total:
-            break
-    return ids[: int(np.searchsorted(mass, top_p * total)) + 1]
+    total = (weights if count == weights.size else weights[_largest(weights, count)]).sum(dtype=np.float64)
+    head = 256
+    while True:
+        ids = _largest(weights, min(head, count))
+        mass = np.cumsum(weights[ids], dtype=np.float64)
+        if mass[-1] >= top_p * total or head >= count:
+            return ids[: int(np.searchsorted(mass, top_p * total)) + 1]
+        head *= 8
 
 
 def draw(probabilities: F64, uniform: float) -> int:
