@@ -31,7 +31,7 @@ def describe(path: str | Path) -> list[Row]:
     source = open_model(path)
     plans = source.quantization.layers if source.quantization else {}
     parts: dict[str, list[str]] = {name: [] for name in plans}
-    rest = []
+    rest: list[str] = []
     for name in source.names():
         module = name.rpartition(".")[0]
         (parts[module] if module in plans and not name.endswith(".bias") else rest).append(name)
