@@ -95,7 +95,7 @@ def biased(c: ModelConfig) -> frozenset[str]:
 def block_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name within the block -> shape of every float tensor of one block, as HF stores it."""
     shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": s for n, s in linear_shapes(c).items()}
-    shapes |= {f"{n}.bias": (linear_shapes(c)[n][0],) for n in biased(c)}
+    shapes |= {f"{n}.bias": (s[0],) for n, s in linear_shapes(c).items() if n in biased(c)}
     shapes |= {"input_layernorm.weight": (c.hidden_size,), "post_attention_layernorm.weight": (c.hidden_size,)}
     if c.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
