@@ -21,10 +21,11 @@ import numpy.typing as npt
 
 from quantbench.calibrate.forward import ALL_TAPS, LINEAR_TAPS, BlockForward, Float, TapHook
 from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.observe import observe
 from quantbench.calibrate.paddleslim import LiveObserver, live_observer
 from quantbench.errors import CalibrationError
 from quantbench.infer.models import CACHE_TAPS, block_prefix
-from quantbench.scales.statistics import Statistics, merge, observe
+from quantbench.scales.statistics import Statistics, merge
 
 BATCH_TOKENS = 4096  # tokens per calibration batch unless told otherwise: 8 samples of 512
 Observe = Callable[[Float, int, bool], Statistics]
