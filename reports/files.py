@@ -130,6 +130,8 @@ class VariantParity(_Record):
     scales_different: int = 0
     top1_served_simulated: float | None = None
     kl_served_simulated: float | None = None
+    top1_free_running: float | None = None  # of a simulation that never sees the served states: judged by nothing
+    kl_free_running: float | None = None
     layers: list[LayerParity] = Field(default_factory=list)
     first_departure: Departure | None = None
 

@@ -21,7 +21,7 @@ from quantbench.reports.formatting import NONE, decibel, join, percent, plain, t
 _STYLES = {"ok": "bold green", "bad": "bold red", "warn": "yellow"}
 _MARKS = {"ok": "OK  ", "bad": "BAD ", "warn": "NOTE"}
 _PLAIN = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-SLOW = 1.1  # below this speedup the engine's reason is printed
+SLOW = 1.1  # up to this speedup the engine's reason is printed; below 1 it is a finding
 
 Cell = str | Text
 
@@ -146,7 +146,7 @@ def _speed(report: dict[str, Any], console: Console) -> None:
     ]
     print_table(console, "Decode: tokens/s, speedup, share of the ceiling", ["variant", *map(_batch, batches)], rows)
     for name, record in report["variants"].items():
-        slow = [d for d in record["speed"]["decode"].values() if d["speedup"] is not None and d["speedup"] < SLOW]
+        slow = [d for d in record["speed"]["decode"].values() if d["speedup"] is not None and 1 <= d["speedup"] < SLOW]
         if slow and slow[0]["why"] and not record["baseline"]:
             say(console, "warn", f"{name} at {times(slow[0]['speedup'])}: {slow[0]['why']}")
     console.print()

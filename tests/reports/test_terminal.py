@@ -83,7 +83,7 @@ def test_without_a_stage(scratch: Path, name: str) -> None:
 
 def test_a_slow_variant_says_why(report: dict[str, Any]) -> None:
     decode = report["variants"]["a8w8_fp8"]["speed"]["decode"]
-    slow = decode | {"1": decode["1"] | {"speedup": 0.9, "why": "decoding e4m3 costs more than it saves"}}
+    slow = decode | {"1": decode["1"] | {"speedup": 1.05, "why": "decoding e4m3 costs more than it saves"}}
     record = report["variants"]["a8w8_fp8"] | {"speed": report["variants"]["a8w8_fp8"]["speed"] | {"decode": slow}}
     text = render_text(report | {"variants": report["variants"] | {"a8w8_fp8": record}})
-    assert "a8w8_fp8 at 0.900x: decoding e4m3 costs more than it saves" in " ".join(text.split())
+    assert "a8w8_fp8 at 1.05x: decoding e4m3 costs more than it saves" in " ".join(text.split())
