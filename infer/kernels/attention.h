@@ -2,34 +2,9 @@
 // query of a tile (all heads of a KV group, several tokens), with the online softmax of Milakov & Gimelshein 2018.
 #pragma once
 
-#include "rows.h"
+#include "attention_few.h"
 
 namespace quantbench::QB_ISA {
-
-constexpr int64_t kQueries = 96;      // rows of a tile: tokens times the heads that share a KV head
-constexpr int64_t kHeadBlock = 256;   // largest head the tile buffers hold
-constexpr float kMasked = -3e38f;
-
-struct AttentionTile {
-    alignas(64) float q[kQueries][kHeadBlock];       // scaled by k_scale / sqrt(d)
-    alignas(64) float out[kQueries][kHeadBlock];
-    alignas(64) float k[kPage * kHeadBlock];         // [key][d] for few queries, [d][key] for many
-    alignas(64) float v[kPage * kHeadBlock];         // [key][d]
-    alignas(64) float scores[kQueries][kPage];
-    float top[kQueries], sum[kQueries];
-    int64_t queries, padded;                         // padded: head size rounded up to W
-};
-
-QB_INLINE vf load_element(const uint8_t* p, CacheKind kind) {
-    switch (kind) {
-        case CacheKind::f32: return load((const float*)p);
-        case CacheKind::bf16: return load_bf16(p);
-        case CacheKind::f16: return load_f16(p);
-        case CacheKind::int8: return to_float(load_i8(p));
-        case CacheKind::e4m3: return load_e4m3_over_256(p) * 256.0f;
-    }
-    return vf{};
-}
 
 static void decode_rows(const uint8_t* page, CacheKind kind, int64_t size, int64_t padded, int64_t from, int64_t to, float* out) {
     int64_t bytes = element_bytes(kind);
@@ -43,26 +18,6 @@ static void decode_rows(const uint8_t* page, CacheKind kind, int64_t size, int64
             store(out + j * padded + i, load_element(last, kind));
         }
     }
-}
-
-// W vectors -> the vector of their sums.
-QB_INLINE vf sums_of(const vf* x) {
-#if defined(QB_AVX512)
-    __m512 u[4];
-    for (int i = 0; i < 4; ++i) {
-        const vf* y = x + 4 * i;
-        __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]) + _mm512_unpackhi_ps(y[0], y[1]));
-        __m512d t1 = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]) + _mm512_unpackhi_ps(y[2], y[3]));
-        u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t1)) + _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t1));
-    }
-    __m512 v0 = _mm512_shuffle_f32x4(u[0], u[1], 0x88) + _mm512_shuffle_f32x4(u[0], u[1], 0xdd);
-    __m512 v1 = _mm512_shuffle_f32x4(u[2], u[3], 0x88) + _mm512_shuffle_f32x4(u[2], u[3], 0xdd);
-    return _mm512_shuffle_f32x4(v0, v1, 0x88) + _mm512_shuffle_f32x4(v0, v1, 0xdd);
-#else
-    vf out{};
-    for (int i = 0; i < W; ++i) out[i] = sum_lanes(x[i]);
-    return out;
-#endif
 }
 
 // scores[q][key] for few queries: dot products along d, W keys at a time.
@@ -133,8 +88,8 @@ QB_INLINE void add_values(AttentionTile& t, int64_t q, int64_t from, int64_t to)
 // Scores become weights e^(s - top); what was summed before is rescaled to the new top.
 static void soften(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
     float* s = t.scores[q];
-    for (int64_t j = 0; j < kPage; ++j)
-        if (j < from || j >= to) s[j] = kMasked;
+    for (int64_t j = 0; j < smaller(from, kPage); ++j) s[j] = kMasked;
+    for (int64_t j = larger(to, 0); j < kPage; ++j) s[j] = kMasked;
     vf best = set1(t.top[q]);
     for (int64_t j = 0; j < kPage; j += W) best = vmax(best, load(s + j));
     float top = max_lanes(best);
@@ -171,23 +126,26 @@ static void load_queries(AttentionTile& t, const Attention& a, int64_t row, int6
         }
 }
 
-static void attend_page(AttentionTile& t, const Attention& a, int64_t page, int64_t kv_head, int64_t from, int64_t to) {
-    const Cache& c = a.cache;
-    int64_t at = (page * c.heads + kv_head) * kPage * c.size * element_bytes(c.kind);
-    if (t.queries <= 8) {
-        int64_t even_from = from / W * W, even_to = (to + W - 1) / W * W;
-        decode_rows(c.k + at, c.kind, c.size, t.padded, from, to, t.k);
-        for (int64_t j = even_from; j < from; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
-        for (int64_t j = to; j < even_to; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
-        score_few(t, from, to);
-    } else {
-        decode_rows(c.k + at, c.kind, c.size, t.padded, from, to, t.v);
-        transpose_keys(t, t.v, c.size, from, to);
-        int64_t q = 0;
-        for (; q + 4 <= t.queries; q += 4) score_rows<4>(t, q, c.size);
-        for (; q < t.queries; ++q) score_rows<1>(t, q, c.size);
+static void score_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, int64_t size, int64_t from, int64_t to) {
+    if (t.queries <= kFew) {
+        decode_rows(page, kind, size, t.padded, from, to, t.k);
+        for (int64_t j = from / W * W; j < from; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
+        for (int64_t j = to; j < (to + W - 1) / W * W; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
+        return score_few(t, from, to);
     }
-    decode_rows(c.v + at, c.kind, c.size, t.padded, from, to, t.v);
+    decode_rows(page, kind, size, t.padded, from, to, t.v);
+    transpose_keys(t, t.v, size, from, to);
+    int64_t q = 0;
+    for (; q + 4 <= t.queries; q += 4) score_rows<4>(t, q, size);
+    for (; q < t.queries; ++q) score_rows<1>(t, q, size);
+}
+
+static void add_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, int64_t size, int64_t from, int64_t to) {
+    decode_rows(page, kind, size, t.padded, from, to, t.v);
+    int64_t q = 0;
+    for (; q + 8 <= t.queries; q += 8) add_values<8>(t, q, from, to);
+    for (; q + 3 <= t.queries; q += 3) add_values<3>(t, q, from, to);
+    for (; q < t.queries; ++q) add_values<1>(t, q, from, to);
 }
 
 // Tokens [first, last) of one sequence, query heads of one KV head.
@@ -199,18 +157,20 @@ static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head
     t.queries = rows * heads;
     t.padded = (c.size + W - 1) / W * W;
     load_queries(t, a, row, rows, head, heads, float(1.0 / __builtin_sqrt(double(c.size))) * c.k_scale[kv_head]);
+    bool direct = t.queries <= kFew && c.size % W == 0;
     int64_t oldest = a.window ? larger(0, position - a.window + 1) : 0, newest = position + rows;
     for (int64_t base = oldest / kPage * kPage; base < newest; base += kPage) {
         int64_t from = larger(oldest - base, 0), to = smaller(kPage, newest - base);
-        attend_page(t, a, a.tables[sequence * a.table_width + base / kPage], kv_head, from, to);
+        int64_t page = a.tables[sequence * a.table_width + base / kPage];
+        int64_t at = (page * c.heads + kv_head) * kPage * c.size * element_bytes(c.kind);
+        if (direct) few_queries_of(c.kind, t, false, c.k + at, c.size, from, to);
+        else score_pages(t, c.k + at, c.kind, c.size, from, to);
         for (int64_t q = 0; q < t.queries; ++q) {
-            int64_t at = position + q / heads;
-            soften(t, q, a.window ? larger(from, at - a.window + 1 - base) : from, smaller(to, at + 1 - base));
+            int64_t token = position + q / heads;
+            soften(t, q, a.window ? larger(from, token - a.window + 1 - base) : from, smaller(to, token + 1 - base));
         }
-        int64_t q = 0;
-        for (; q + 8 <= t.queries; q += 8) add_values<8>(t, q, from, to);
-        for (; q + 3 <= t.queries; q += 3) add_values<3>(t, q, from, to);
-        for (; q < t.queries; ++q) add_values<1>(t, q, from, to);
+        if (direct) few_queries_of(c.kind, t, true, c.v + at, c.size, from, to);
+        else add_pages(t, c.v + at, c.kind, c.size, from, to);
     }
     for (int64_t q = 0; q < t.queries; ++q) {
         float* out = a.out + ((row + q / heads) * a.q_heads + head + q % heads) * c.size;

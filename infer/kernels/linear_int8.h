@@ -48,6 +48,8 @@ QB_INLINE void finish_dot(const Linear& l, int64_t token, int64_t column, vi acc
     finish(l, token, column, to_float(acc));
 }
 
+#if defined(QB_AVX512)
+
 // The epilogue of a tile of sums [tokens][columns]: apart from the loop that made them, and not inlined into it, because
 // the compiler otherwise keeps their addresses and writes every accumulator to the stack in every step.
 static __attribute__((noinline)) void finish_tile(const Linear& l, int64_t token, int64_t tokens, int64_t column,
@@ -59,8 +61,6 @@ static __attribute__((noinline)) void finish_tile(const Linear& l, int64_t token
             finish_dot(l, token + m, column + c, acc);
         }
 }
-
-#if defined(QB_AVX512)
 
 template <int M, int P>
 static void dot_tile(const Linear& l, int64_t token, int64_t panel) {

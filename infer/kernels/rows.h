@@ -125,7 +125,7 @@ static int64_t silu_mul(const SiluMul& s, int64_t first, int64_t last) {
     return bad;
 }
 
-QB_INLINE int64_t element_bytes(CacheKind kind) {
+constexpr int64_t element_bytes(CacheKind kind) {
     return kind == CacheKind::f32 ? 4 : kind == CacheKind::bf16 || kind == CacheKind::f16 ? 2 : 1;
 }
 
