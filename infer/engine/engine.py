@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ class Engine:
     @classmethod
     def load(
         cls,
-        model: str | ModelSource,
+        model: str | Path | ModelSource,
         mode: str | None = None,
         *,
         ops: str | Ops = "cpu",
@@ -67,7 +68,7 @@ class Engine:
         Raises ModelError, CheckpointError (see `open_model`), RequestError (mode, sizes), DependencyError (ops).
         """
         begin = time.perf_counter()
-        source = open_model(model) if isinstance(model, str) else model
+        source = model if isinstance(model, ModelSource) else open_model(model)
         own, converts = resolve_mode(source, mode)
         limits = limits_of(source.config, own.cache, cache_tokens, max_batch, chunk)
         table = load_ops(ops) if isinstance(ops, str) else ops

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import Counter
 
 from quantbench.errors import RequestError, unknown
-from quantbench.infer.checkpoint.source import ModelSource, Quantization
+from quantbench.infer.checkpoint.source import EMBEDDING, ModelSource, Quantization
 from quantbench.infer.engine.convert import FLOATS
 from quantbench.vocabulary import MODES, Mode
 
 
 def stored_mode(source: ModelSource) -> Mode:
-    """The mode a source is stored in. A mixed checkpoint is called after what most of its linears are."""
-    dtype = source.config.dtype
+    """The mode a source is stored in: what its tensors read as (a GGUF file's as float32, whatever its blocks hold).
+    A mixed checkpoint is called after what most of its linears are."""
     if source.quantization is None:
+        dtype = source.store.dtype(EMBEDDING).name
         return next(m for m in MODES.values() if (m.weights, m.cache) == (dtype, dtype))
-    weights, activations, cache = _majority(source.quantization, dtype)
+    weights, activations, cache = _majority(source.quantization, source.config.dtype)
     for mode in MODES.values():
         if (mode.weights, mode.activations, mode.cache) == (weights, activations, cache):
             return mode

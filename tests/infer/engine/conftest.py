@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -33,6 +34,8 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
+    "llama_bfloat16": LLAMA | {"torch_dtype": "bfloat16"},
+    "llama_float16": LLAMA | {"torch_dtype": "float16"},
     "llama_untied_biased": LLAMA | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "llama_linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama_dynamic": LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64},
@@ -57,7 +60,8 @@ def write_model(path: Path, hf: dict[str, Any], seed: int = 0) -> Path:
         else:
             tensors[name] = random.standard_normal(shape) * (1.5 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.3)
     path.mkdir(parents=True)
-    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path / "model.safetensors")
+    dtype = ml_dtypes.bfloat16 if hf["torch_dtype"] == "bfloat16" else np.dtype(hf["torch_dtype"])
+    save_file({k: v.astype(dtype) for k, v in tensors.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(hf))
     return path
 

@@ -88,3 +88,11 @@ def test_every_mode_runs_near_float(mode: str, low: float, high: float, load: Ca
     error = float(np.linalg.norm(engine.score(ids) - float_logits) / np.linalg.norm(float_logits))
     assert low < error < high
     assert engine.runner.cache.layers[0].k.dtype.itemsize == 2
+
+
+def test_a_model_as_stored_is_the_model_in_its_own_mode(load: Callable[..., Engine]) -> None:
+    stored, asked = load("llama_bfloat16"), load("llama_bfloat16", "bf16")
+    assert stored.mode == asked.mode
+    assert stored.memory == asked.memory
+    assert np.array_equal(stored.score([1, 2, 3]), asked.score([1, 2, 3]))
+    assert load("llama_bfloat16", "fp32").memory["weights_bytes"] > 1.9 * stored.memory["weights_bytes"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from quantbench.errors import ModelError, RequestError
+from quantbench.infer.checkpoint.source import open_model
 from quantbench.infer.engine import Engine, Request, SamplingParams
 
 Load = Callable[..., Engine]
@@ -277,9 +278,14 @@ def test_other_bad_requests(load: Load) -> None:
         _ = engine.tokenizer
 
 
-def test_load_takes_a_source_and_says_how_long_it_took(model_path: Callable[[str], Path]) -> None:
-    from quantbench.infer.checkpoint.source import open_model
+def test_load_takes_a_path_or_a_source_and_says_how_long_it_took(model_path: Callable[[str], Path]) -> None:
+    path = model_path("llama")
+    for model in (path, str(path), open_model(path)):
+        engine = Engine.load(model, ops="reference", threads=1)
+        assert engine.mode.name == "fp32"
+        assert engine.load_seconds > 0
 
-    engine = Engine.load(open_model(str(model_path("llama"))), ops="reference")
-    assert engine.mode.name == "fp32"
-    assert engine.load_seconds > 0
+
+def test_a_number_of_threads_that_cannot_be_is_refused(model_path: Callable[[str], Path]) -> None:
+    with pytest.raises(RequestError, match="threads must be between 1 and 1024, not 0"):
+        Engine.load(model_path("llama"), threads=0)

@@ -50,9 +50,9 @@ def test_a_checkpoint_whose_cache_alone_is_quantized(source: ModelSource) -> Non
     assert stored_mode(only_cache).name == "fp32c8"
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")])
-def test_a_float_source_runs_as_stored_or_converted(dtype: str, name: str, source: ModelSource) -> None:
-    source = replace(source, config=replace(source.config, dtype=dtype))
+@pytest.mark.parametrize(("model", "name"), [("llama", "fp32"), ("llama_bfloat16", "bf16"), ("llama_float16", "fp16")])
+def test_a_float_source_runs_as_stored_or_converted(model: str, name: str, model_path: Callable[[str], Path]) -> None:
+    source = open_model(model_path(model))
     assert resolve_mode(source, None)[0].name == name
     assert not resolve_mode(source, None)[1]
     mode, converts = resolve_mode(source, "a8w8")
