@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -20,35 +21,38 @@ int64_t row_bytes(Kind kind) {  // of one k of a panel
     }
 }
 
+constexpr int64_t kRun = 16;  // inputs packed per channel in turn: reads and writes then stay within some cache lines
+
 template <class T>
 void pack_plain(const Source& s, int64_t panel, T* to) {
-    const T* codes = static_cast<const T*>(s.codes);
-    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < s.rows; ++n)
-        for (int64_t k = 0; k < s.columns; ++k) to[k * kPanel + n % kPanel] = codes[n * s.columns + k];
+    int64_t first = panel * kPanel, last = std::min(first + kPanel, s.rows);
+    for (int64_t k0 = 0; k0 < s.columns; k0 += kRun)
+        for (int64_t n = first; n < last; ++n) {
+            const T* codes = static_cast<const T*>(s.codes) + n * s.columns;
+            for (int64_t k = k0; k < std::min(k0 + kRun, s.columns); ++k) to[k * kPanel + n - first] = codes[k];
+        }
 }
 
+// Channels that do not exist keep code 0, stored as 8, in the halves that nothing else fills.
 void pack_int4(const Source& s, int64_t panel, uint8_t* to) {
-    std::memset(to, 0x88, size_t(s.columns * kPanel / 2));
     const int8_t* codes = static_cast<const int8_t*>(s.codes);
-    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < s.rows; ++n)
-        for (int64_t k = 0; k < s.columns; ++k) {
-            uint8_t code = uint8_t(codes[n * s.columns + k] + 8) & 15;
-            uint8_t& byte = to[k * 16 + n % 16];
-            byte = n % kPanel < 16 ? uint8_t((byte & 0xf0) | code) : uint8_t((byte & 0x0f) | (code << 4));
-        }
+    auto stored = [&](int64_t n, int64_t k) { return n < s.rows ? uint8_t(codes[n * s.columns + k] + 8) & 15 : 8; };
+    for (int64_t k0 = 0; k0 < s.columns; k0 += kRun)
+        for (int64_t j = 0; j < 16; ++j)
+            for (int64_t k = k0, n = panel * kPanel + j; k < std::min(k0 + kRun, s.columns); ++k)
+                to[k * 16 + j] = uint8_t(stored(n, k) | (stored(n + 16, k) << 4));
 }
 
 void pack_dot(const Source& s, int64_t panel, int8_t* to, int32_t* sums) {
-    const int8_t* codes = static_cast<const int8_t*>(s.codes);
-    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < s.rows; ++n) {
-        int32_t sum = 0;
-        for (int64_t k = 0; k < s.columns; ++k) {
-            int8_t code = codes[n * s.columns + k];
-            to[k / 4 * 4 * kPanel + n % kPanel * 4 + k % 4] = code;
-            sum += code;
+    int64_t first = panel * kPanel, last = std::min(first + kPanel, s.rows), whole = s.columns / 4 * 4;
+    for (int64_t k0 = 0; k0 < s.columns; k0 += kRun)
+        for (int64_t n = first; n < last; ++n) {
+            const int8_t* codes = static_cast<const int8_t*>(s.codes) + n * s.columns;
+            int64_t k1 = std::min(k0 + kRun, s.columns), k = k0;
+            for (; k < std::min(k1, whole); k += 4) std::memcpy(to + k * kPanel + (n - first) * 4, codes + k, 4);
+            for (; k < k1; ++k) to[whole * kPanel + (n - first) * 4 + k - whole] = codes[k];
+            for (k = k0; k < k1; ++k) sums[n] += codes[k];
         }
-        sums[n] = sum;
-    }
 }
 
 }  // namespace
