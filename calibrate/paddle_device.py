@@ -20,11 +20,7 @@ R = TypeVar("R")
 
 @cache
 def import_paddle() -> Any:
-    """The `paddle` module, quiet, with one thread for each of its operators. Raises DependencyError.
-
-    One thread, because the last bits of a matrix product depend on how many share it, and the same recipe must give
-    the same bytes whatever the number of cores. All cores are used by working on several batches at once (`each`).
-    """
+    """The `paddle` module, quiet, with one thread for each of its operators. Raises DependencyError."""
     if _is_amd():
         # Paddle's MKL (2019) takes a slow path on AMD unless told that the CPU has AVX2: 39 -> 99 GFLOP/s per core.
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")

@@ -69,6 +69,7 @@ class PaddleForward:
             select_device(self._paddle, device)
         # A GPU works on one batch at a time; a CPU on one per core.
         self._threads = (threads or default_threads()) if str(self._paddle.get_device()) == "cpu" else 1
+        self._side_by_side = False
         self._layer = -1
         self._weights: dict[str, Tensor] = {}
         self._outer: dict[str, Tensor] = {}  # final norm and head, while `head` is in use
@@ -99,6 +100,7 @@ class PaddleForward:
         self, hidden: Float, lengths: Int, tap_hook: TapHook | None = None, taps: Collection[str] = ALL_TAPS
     ) -> Float:
         seen = _Taps(tap_hook, taps)
+        self._paddle.base.core.set_num_threads(1 if self._side_by_side else self._threads)
         with self._paddle.no_grad():
             frame = self._frame(hidden, lengths)
             x = self._flat(self._tensor(hidden).reshape([-1, hidden.shape[-1]]), frame)
@@ -107,7 +109,17 @@ class PaddleForward:
             return self._array(self._framed(x, frame)).reshape(hidden.shape)
 
     def each(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        return each(self._threads, work, items)
+        """`work(item)` for every item, one on each core, in order.
+
+        Meanwhile a matrix product has one thread: its last bits depend on how many share it, and calibration must give
+        the same bytes whatever the number of cores. Element-wise operators never use more than one anyway.
+        """
+        self._paddle.base.core.set_num_threads(1)
+        self._side_by_side = True
+        try:
+            yield from each(self._threads, work, items)
+        finally:
+            self._side_by_side = False
 
     def head(self, hidden: Float, tap_hook: TapHook | None = None) -> Float:
         if not self._outer:

@@ -112,6 +112,17 @@ def test_taps_are_left_out_where_not_asked_for(model: ModelSource) -> None:
     assert len(full.hidden) == model.config.num_layers
 
 
+def test_every_block_may_start_from_another_run(model: ModelSource) -> None:
+    other = [x + np.float32(0.5) for x in simulate(model, IDS).hidden]
+    followed = simulate(model, IDS, followed=other)
+    forward = PaddleForward.of(model)
+    weights, hook = quantized_block(model, 1)
+    forward.load(1, weights)
+    alone = forward.run(other[0][None], np.array([len(IDS)], np.int32), hook)
+    np.testing.assert_array_equal(followed.hidden[1], alone[0])
+    np.testing.assert_array_equal(followed.logits, PaddleForward.of(model).head(followed.hidden[-1]))
+
+
 def test_a_block_can_be_simulated_before_the_checkpoint_is_whole(model: ModelSource, tmp_path: Path) -> None:
     writer = calibrated(model, variant(model, "a8w8c8"), tmp_path / "checkpoint", layers=1)
     weights, hook = quantized_block(writer.partial_source(), 0)
