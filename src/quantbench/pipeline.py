@@ -69,7 +69,7 @@ def calibrate(recipe: str, options: Options, progress: Progress) -> dict[str, An
         tokens = prepare(run, options)
         quantize(run, tokens, options, progress)
         validate(run.folder, run.recipe, run.source, run.plan, progress)
-        judge(run.folder, run.recipe)
+        judge(run.folder, run.recipe, run.source)
         return report(run, progress)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from quantbench.calibrate.data import eval_windows
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
 from quantbench.infer.engine.trace import Trace
+from quantbench.infer.models import model_tensors
 from quantbench.infer.validate.accuracy import AccuracyTasks, TokenSet, evaluate_accuracy
 from quantbench.infer.validate.choices import ChoiceSet, load_choices
 from quantbench.infer.validate.gates import GateResult, evaluate_gates
@@ -43,11 +45,11 @@ Engines = dict[str, EngineSpec]
 def validate(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan, progress: Progress) -> None:
     """Measure accuracy, parity and speed of every checkpoint of the run, each unless its file is there already."""
     engines = engine_specs(folder, recipe, plan)
-    once(folder / ACCURACY_FILE, lambda: accuracy(folder, recipe, source.tokenizer(), engines, progress))
+    once(folder / ACCURACY_FILE, lambda: measure_accuracy(folder, recipe, source.tokenizer(), engines, progress))
     if recipe.parity is not None:
-        once(folder / PARITY_FILE, lambda: parity(folder, recipe, source, plan, progress))
+        once(folder / PARITY_FILE, lambda: measure_parity(folder, recipe, source, plan, progress))
     if recipe.throughput is not None:
-        once(folder / THROUGHPUT_FILE, lambda: throughput(folder, recipe, engines, progress))
+        once(folder / THROUGHPUT_FILE, lambda: measure_speed(folder, recipe, engines, progress))
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
@@ -65,7 +67,7 @@ def engine_specs(folder: Path, recipe: Recipe, plan: Plan) -> Engines:
     return specs | {n: EngineSpec(str(checkpoint_path(folder, n))) for n in plan.variants if n != baseline}
 
 
-def accuracy(
+def measure_accuracy(
     folder: Path, recipe: Recipe, tokenizer: Tokenizer, engines: Engines, progress: Progress
 ) -> dict[str, Any]:
     tasks = AccuracyTasks(
@@ -87,7 +89,7 @@ def choice_set(data: str, limit: int | None, tokenizer: Tokenizer) -> ChoiceSet:
     return ChoiceSet(found.name, found.questions[:limit])
 
 
-def parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan, progress: Progress) -> dict[str, Any]:
+def measure_parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan, progress: Progress) -> dict[str, Any]:
     """Float, simulated and served run of the same tokens. The simulation is Paddle's, the other two the runtime's."""
     from quantbench.calibrate.simulate import simulate
 
@@ -118,7 +120,7 @@ def traces(spec: EngineSpec, windows: list[list[int]]) -> list[Trace]:
     return [engine.trace(window) for window in windows]
 
 
-def throughput(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> dict[str, Any]:
+def measure_speed(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> dict[str, Any]:
     asked = recipe.throughput
     assert asked is not None
     progress.stage("throughput", asked.rounds * len(engines))
@@ -127,9 +129,10 @@ def throughput(folder: Path, recipe: Recipe, engines: Engines, progress: Progres
     return measure_throughput(specs, recipe.accuracy.baseline, load, asked.rounds, lambda *_: progress.advance())
 
 
-def judge(folder: Path, recipe: Recipe) -> list[GateResult]:
+def judge(folder: Path, recipe: Recipe, source: ModelSource) -> list[GateResult]:
     """Hold the measurements against the recipe's gates: gates.json. A gate on nothing measured is an error."""
-    results = evaluate_gates(recipe.gate_limits(), *(read(folder / name) for name in MEASUREMENTS), sizes(folder))
+    accuracy, throughput, parity = (read(folder / name) for name in MEASUREMENTS)
+    results = evaluate_gates(recipe.gate_limits(), accuracy, throughput, parity, sizes(folder, recipe, source))
     rows = [
         {
             "name": r.gate,
@@ -151,10 +154,11 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every checkpoint's tensors files."""
-    return {
-        path.name: sum(f.stat().st_size for f in path.glob("*.safetensors"))
-        for path in (folder / "checkpoint").iterdir()
-        if path.is_dir()
-    }
+def sizes(folder: Path, recipe: Recipe, source: ModelSource) -> dict[str, int]:
+    """Bytes of tensors of the baseline and of every checkpoint of the run."""
+    bytes_each = 4 if recipe.accuracy.baseline == "fp32" else 2
+    found = {recipe.accuracy.baseline: bytes_each * sum(map(math.prod, model_tensors(source.config).values()))}
+    for variant in recipe.modes:
+        shards = checkpoint_path(folder, variant.name).glob("*.safetensors")
+        found[variant.name] = sum(shard.stat().st_size for shard in shards)
+    return found
