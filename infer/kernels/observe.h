@@ -86,7 +86,7 @@ static double peak_int8(int64_t rounds) {
             acc[i] = (vi)_mm256_add_epi32((__m256i)acc[i], _mm256_madd_epi16((__m256i)(a ^ acc[i]), (__m256i)b));
             products = 2;
 #else
-            acc[i] = acc[i] * a + b;
+            acc[i] = (vi)((vu)acc[i] * (vu)a + (vu)b);
             products = 1;
 #endif
         }

@@ -7,7 +7,8 @@ cd "$(dirname "$0")/../../.."
 VENV="$(cd "${VENV:-.venv}" && pwd)"
 PATH="$VENV/bin:$PATH"
 export PATH
-python -c 'import ninja, cmake' 2>/dev/null || command -v cmake >/dev/null || { echo "cmake is missing: pip install cmake ninja"; exit 1; }
+command -v cmake >/dev/null || { echo "cmake is missing: pip install cmake"; exit 1; }
+python -c 'import nanobind' || { echo "nanobind is missing: pip install nanobind"; exit 1; }
 cmake -S . -B build/sanitize -DQUANTBENCH_SANITIZE=address,undefined -DPython_EXECUTABLE="$VENV/bin/python" >build/sanitize.log
 cmake --build build/sanitize -j 2 >>build/sanitize.log
 rm -rf build/sanitize/src && mkdir -p build/sanitize/src/quantbench
@@ -15,7 +16,7 @@ for entry in src/quantbench/*; do
   case "$entry" in *.so | *__pycache__) ;; *) ln -s "$PWD/$entry" build/sanitize/src/quantbench/ ;; esac
 done
 cp build/sanitize/_kernels*.so build/sanitize/src/quantbench/
-# leaks are python's own; the interpreter is not instrumented, so both runtimes are loaded before it
+# -s: pytest would swallow the report of an abort. Leaks are python's own; the interpreter is not instrumented, so both runtimes are loaded before it
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-PYTHONPATH=build/sanitize/src python -m pytest -p no:cacheprovider tests/infer/ops tests/infer/kernels "$@"
+PYTHONPATH=build/sanitize/src python -m pytest -s -p no:cacheprovider tests/infer/ops tests/infer/kernels "$@"
