@@ -9,6 +9,7 @@ from quantbench.errors import CalibrationError
 from quantbench.quantizers.formats import FORMATS
 from quantbench.quantizers.gptq import gptq
 from quantbench.quantizers.methods import METHODS
+from quantbench.quantizers.output_loss import output_loss
 from quantbench.quantizers.rtn import rtn
 from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight, expand
 from quantbench.quantizers.weight_range import weight_entry
@@ -24,6 +25,8 @@ PLANS = {
     "int4 group 128": LayerPlan("w", "int4", "group", 128),
     "int4 group 64 asymmetric": LayerPlan("w", "int4", "group", 64, symmetric=False),
     "int8 channel": LayerPlan("w", "int8", "channel"),
+    "int8 group 128": LayerPlan("w", "int8", "group", 128),
+    "int8 channel asymmetric": LayerPlan("w", "int8", "channel", symmetric=False),
 }
 every = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
@@ -42,8 +45,8 @@ def correlated(channels: int = 256, rank: int = 24) -> Statistics:
 
 
 def loss(w: np.ndarray, q: QuantizedWeight, s: Statistics) -> float:
-    error = dequantize_weight(q).astype(np.float64) - w
-    return float(np.einsum("nk,kl,nl->", error, s.hessian, error))
+    assert s.hessian is not None
+    return output_loss(w, dequantize_weight(q), s.hessian)
 
 
 def slow(w: np.ndarray, entry: Entry, hessian: np.ndarray, act_order: bool) -> np.ndarray:
@@ -78,6 +81,21 @@ def test_equals_a_slow_version(plan: LayerPlan, act_order: bool) -> None:
     fast = gptq(w, entry, s, act_order=act_order).codes
     different = np.count_nonzero(fast != slow(w, entry, s.hessian, act_order))
     assert different <= 1e-3 * w.size  # a tie may fall either way, and what follows it
+
+
+@pytest.mark.parametrize("channels", [1, 15, 129, 200])
+def test_any_number_of_inputs(channels: int) -> None:
+    w, s = weight((6, channels)), correlated(channels, rank=3)
+    entry = weight_entry(w, LayerPlan("w", "int4", "channel"))
+    assert s.hessian is not None
+    assert np.array_equal(gptq(w, entry, s).codes, slow(w, entry, s.hessian, act_order=True))
+
+
+def test_outputs_do_not_depend_on_each_other() -> None:
+    w, s = weight(), correlated()
+    whole = gptq(w, weight_entry(w, PLANS["int4 group 64"]), s).codes
+    part = gptq(w[:7], weight_entry(w[:7], PLANS["int4 group 64"]), s).codes
+    assert np.array_equal(whole[:7], part)
 
 
 def test_uncorrelated_inputs_give_round_to_nearest() -> None:
