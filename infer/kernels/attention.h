@@ -35,11 +35,45 @@ static void score_few(AttentionTile& t, int64_t from, int64_t to) {
         }
 }
 
-static void transpose_keys(AttentionTile& t, const float* rows, int64_t size, int64_t from, int64_t to) {
-    for (int64_t i = 0; i < size; ++i) {
-        float* out = t.k + i * kPage;
-        for (int64_t j = 0; j < kPage; ++j) out[j] = j >= from && j < to ? rows[j * t.padded + i] : 0.0f;
+#if defined(QB_AVX512)
+// 16 keys x 16 channels: neighbours are paired twice, then 128-bit lanes are dealt out to their rows.
+QB_INLINE void transpose_block(const float* rows, int64_t stride, float* out) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+        __m512 a = load(rows + i * stride), b = load(rows + (i + 1) * stride);
+        t[i] = _mm512_unpacklo_ps(a, b);
+        t[i + 1] = _mm512_unpackhi_ps(a, b);
     }
+    __m512 u[16];
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + 2 + j]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int c = 0; c < 4; ++c) {
+        __m512 even = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), odd = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+        __m512 even2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+        __m512 odd2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+        store(out + c * kPage, _mm512_shuffle_f32x4(even, even2, 0x88));
+        store(out + (4 + c) * kPage, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+        store(out + (8 + c) * kPage, _mm512_shuffle_f32x4(even, even2, 0xdd));
+        store(out + (12 + c) * kPage, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+    }
+}
+#endif
+
+// t.k [channel][key] from rows [key][padded]; keys outside [from, to) become zero.
+static void transpose_keys(AttentionTile& t, float* rows, int64_t size, int64_t from, int64_t to) {
+    for (int64_t j = 0; j < kPage; ++j)
+        if (j < from || j >= to) std::memset(rows + j * t.padded, 0, size_t(t.padded) * 4);
+    int64_t done = 0;
+#if defined(QB_AVX512)
+    for (; done + 16 <= size; done += 16)
+        for (int64_t j = 0; j < kPage; j += 16) transpose_block(rows + j * t.padded + done, t.padded, t.k + done * kPage + j);
+#endif
+    for (int64_t i = done; i < size; ++i)
+        for (int64_t j = 0; j < kPage; ++j) t.k[i * kPage + j] = rows[j * t.padded + i];
 }
 
 template <int M>
