@@ -66,7 +66,8 @@ def _quantized(plan: LayerPlan, w: F32, table: ScaleTable, seen: Statistics | No
         raise CalibrationError(f"{plan.name}: method {plan.method} needs the Hessian of its input: collect it")
     static = plan.activations is not None and not plan.dynamic
     input_scale = float(table[f"{plan.name}.input"].scale[0]) if static else None
-    parts = linear_tensors(plan, method.quantize(w, table[f"{plan.name}.weight"], seen), input_scale)
+    codes = method.quantize(w, table[f"{plan.name}.weight"], seen, **dict(plan.options))
+    parts = linear_tensors(plan, codes, input_scale)
     return {f"{plan.name}.{part}": value for part, value in parts.items()}
 
 

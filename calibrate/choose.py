@@ -24,11 +24,9 @@ from quantbench.scales.arrays import F32
 from quantbench.scales.ranges import histogram_loss, range_of
 from quantbench.scales.statistics import Statistics
 from quantbench.scales.table import Entry, ScaleTable
-from quantbench.vocabulary import LayerPlan, VariantPlan
+from quantbench.vocabulary import DEFAULT_TARGETS, SMOOTH_TARGETS, LayerPlan, VariantPlan
 
 Reobserve = Callable[[dict[str, F32]], dict[str, Statistics]]  # {tap: factors} -> statistics of x * factors
-SMOOTH_TARGETS = ("attn_in", "o_in", "mlp_in", "down_in")
-DEFAULT_TARGETS = ("attn_in", "mlp_in", "down_in")  # o_in would also change the V cache; see docs/numerics.md
 
 
 @dataclass(frozen=True)

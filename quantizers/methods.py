@@ -10,17 +10,17 @@ from quantbench.quantizers.gptq import gptq
 from quantbench.quantizers.rtn import rtn
 from quantbench.quantizers.weight import QuantizedWeight
 from quantbench.registry import Registry
-from quantbench.scales.arrays import F32
-from quantbench.scales.statistics import Statistics
-from quantbench.scales.table import Entry
 
 
 @dataclass(frozen=True)
 class Method:
-    """`quantize(w [N, K], entry, statistics of the input)`; `needs_hessian`: statistics must hold sum of x xT."""
+    """`quantize(w [N, K], entry, statistics of the input, **options)`, options: LayerPlan.options by name.
+
+    `needs_hessian`: statistics must hold the sum of x xT.
+    """
 
     name: str
-    quantize: Callable[[F32, Entry, Statistics | None], QuantizedWeight]
+    quantize: Callable[..., QuantizedWeight]
     needs_hessian: bool = False
 
 

@@ -64,7 +64,9 @@ def _variant_plan(recipe: Recipe, variant: Variant, dtype: str, choices: Mapping
         dtype=dtype,
         cache=CachePlan(mode.cache, cache.granularity, cache.observer),
         layers={name: choice.plan for name, choice in choices.items()},
-        transforms=() if mode.weights in FLOAT_DTYPES else tuple(t.model_dump(exclude_none=True) for t in transforms),
+        transforms=()
+        if mode.weights in FLOAT_DTYPES
+        else tuple(t.model_dump(mode="json", exclude_none=True) for t in transforms),
     )
 
 

@@ -65,8 +65,14 @@ def load_plan(path: Path) -> Plan:
 
 
 def _variant(name: str, v: dict[str, Any]) -> VariantPlan:
-    layers = {layer: LayerPlan(**p) for layer, p in v["layers"].items()}
+    layers = {layer: _layer(p) for layer, p in v["layers"].items()}
     return VariantPlan(name, parse_mode(v["mode"]), v["dtype"], CachePlan(**v["cache"]), layers, tuple(v["transforms"]))
+
+
+def _layer(fields: dict[str, Any]) -> LayerPlan:
+    """JSON has no tuples: the options' lists become what they were."""
+    options = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in fields.get("options", ()))
+    return LayerPlan(**fields | {"options": options})
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:

@@ -24,17 +24,17 @@ from quantbench.recipes.sections import (
     Parity,
     Perplexity,
     Section,
-    Smooth,
     Throughput,
-    Transform,
     Weights,
 )
+from quantbench.recipes.transforms import Gptq, Method, Smooth, Transform
 from quantbench.recipes.values import Shown, Words
 from quantbench.vocabulary import DEFAULT_GRANULARITY, GRANULARITIES, MODES
 
 _SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("modes", Variant), ("calibration", Calibration), ("weights", Weights), ("activations", Activations),
-    ("cache_kv", CacheKV), ("transforms", Transform), ("transforms: smooth", Smooth), ("rules", Rule),
+    ("cache_kv", CacheKV), ("transforms", Transform), ("transforms: smooth", Smooth), ("method", Method),
+    ("method: gptq", Gptq), ("rules", Rule),
     ("accuracy", Accuracy), ("accuracy: perplexity", Perplexity), ("accuracy: divergence", Divergence),
     ("accuracy: choices", Choices), ("throughput", Throughput), ("parity", Parity), ("gates", Gates),
 )  # fmt: skip
@@ -157,6 +157,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ""
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, Method):
+        return f"`{value.name}`"
     if isinstance(value, Section):
         return "see below"
     if isinstance(value, tuple) and value and isinstance(value[0], Variant):

@@ -61,6 +61,7 @@ def _mode(variant: Variant, rule: Rule | None, layer: str) -> Mode | None:
 def _quantized(recipe: Recipe, variant: Variant, rule: Rule | None, start: LayerPlan, mode: Mode) -> LayerPlan:
     weights = merged(recipe.variant_weights(variant), rule.weights if rule else None)
     activations = merged(recipe.variant_activations(variant), rule.activations if rule else None)
+    method = (rule.method if rule else None) or variant.method or recipe.method
     granularity = DEFAULT_GRANULARITY[mode.weights] if weights.granularity == "auto" else weights.granularity
     return LayerPlan(
         start.name,
@@ -72,7 +73,8 @@ def _quantized(recipe: Recipe, variant: Variant, rule: Rule | None, start: Layer
         activations=mode.activations,
         dynamic=activations.dynamic and mode.activations is not None,
         activation_observer=activations.observer,
-        method=(rule.method if rule else None) or variant.method or recipe.method,
+        method=method.name,
+        options=method.options,
         rule=start.rule,
     )
 

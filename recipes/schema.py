@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from quantbench.errors import unknown
 from quantbench.recipes.sections import (
@@ -19,26 +19,15 @@ from quantbench.recipes.sections import (
     Parity,
     Section,
     Throughput,
-    Transform,
     Weights,
     WeightsPatch,
 )
 from quantbench.recipes.source import Source
+from quantbench.recipes.transforms import Method, Rtn, Transform
 from quantbench.recipes.values import Off, Rows, Shown, Words
 from quantbench.vocabulary import FLOAT_DTYPES, MODES
 
-_METHODS = ("rtn",)
-_PLANNED_METHODS = ("gptq",)
 S = TypeVar("S", bound=Section)
-
-
-def _method(value: Any) -> Any:
-    name = next(iter(value), "") if isinstance(value, dict) else value
-    if name in _PLANNED_METHODS:
-        raise ValueError(f"the method {name!r} is not available yet. Known: {', '.join(_METHODS)}")
-    if isinstance(value, dict):
-        raise ValueError(f"a method without settings is a plain word. Known: {', '.join(_METHODS)}")
-    return value
 
 
 def _mode(value: str) -> str:
@@ -56,7 +45,6 @@ def _rule_mode(value: str) -> str:
     return value
 
 
-Method = Annotated[str, BeforeValidator(_method), Words("method", _METHODS)]
 Mode = Annotated[str, AfterValidator(_mode), Shown("a mode")]
 RuleMode = Annotated[str, AfterValidator(_rule_mode), Shown("a mode without c8, or float")]
 Dtype = Annotated[str, Words("dtype", ("auto", *FLOAT_DTYPES))]
@@ -129,7 +117,9 @@ class Recipe(Section):
     transforms: Rows[Transform] = Field(
         default=(), description="Changes of the float model before quantization, in order."
     )
-    method: Method = Field(default="rtn", description="How codes are found: rtn, round to nearest.")
+    method: Method = Field(
+        default=Method(rtn=Rtn()), description="How codes are found under their scales: `rtn` unless it says otherwise."
+    )
     rules: Rows[Rule] = Field(default=(), description="Decisions per layer; the first match wins.")
     accuracy: Accuracy = Field(default=Accuracy(), description="What is measured.")
     throughput: Off[Throughput] = Field(default=Throughput(), description="What is timed, or off.")

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from quantbench.errors import unknown
 from quantbench.recipes.values import Auto, Bytes, Fraction, Observer, Off, Rows, Shown, Words
 from quantbench.vocabulary import GRANULARITIES, GROUP_SIZES, WEIGHT_OBSERVERS
 
@@ -118,30 +117,6 @@ class CacheKVPatch(Section):
 
     granularity: CacheGranularity | None = Field(default=None, description="As cache_kv.granularity.")
     observer: Observer | None = Field(default=None, description="As cache_kv.observer.")
-
-
-class Smooth(Section):
-    """SmoothQuant (Xiao et al. 2023, eq. 4): moves the difficulty of outlier channels into the weights."""
-
-    alpha: float = Field(default=0.5, ge=0, le=1, description="0: leave activations alone; 1: move all of it.")
-
-
-class Transform(Section):
-    """One change of the float model before it is quantized. Exactly one key."""
-
-    key_kind: ClassVar[str] = "transform"
-    smooth: Smooth | None = Field(default=None, description="SmoothQuant with a fixed alpha.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _word(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in cls.model_fields:
-                raise ValueError(unknown("transform", value, cls.model_fields))
-            return {value: {}}
-        if isinstance(value, dict) and len(value) != 1:
-            raise ValueError("one transform per list item, for example `- {smooth: {alpha: 0.5}}`")
-        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class Perplexity(Section):

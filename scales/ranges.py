@@ -6,6 +6,7 @@ model). All are deterministic and work on merged statistics; all but `absmax` ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -25,9 +26,15 @@ RANGES: Registry[Observer] = Registry("observer", RecipeError)
 
 
 def range_of(statistics: Statistics, observer: str, levels: float) -> F32:
-    """The range f32[R] by a named observer; live observers ("paddleslim:…") have left theirs in the statistics."""
+    """The range f32[R] by a named observer; live observers ("paddleslim:…") have left theirs in the statistics.
+
+    "percentile=99.9" is `percentile` at 99.9 % of the values. Raises RecipeError for an unknown observer.
+    """
     if observer in statistics.live:
         return statistics.live[observer]
+    name, _, percent = observer.partition("=")
+    if name == "percentile" and re.fullmatch(r"\d+(\.\d+)?", percent):
+        return percentile(statistics, levels, float(percent) / 100)
     return RANGES[observer](statistics, levels)
 
 
@@ -66,12 +73,14 @@ def ema(s: Statistics, levels: float) -> F32:
     return np.asarray(weights @ _sequence(s).astype(np.float64) / weights.sum(), np.float32)
 
 
-@RANGES.register("percentile")
 def percentile(s: Statistics, levels: float, fraction: float = PERCENTILE) -> F32:
     """Upper edge of the histogram bin in which `fraction` of the values |x| is reached, at most absmax."""
     cumulative = np.cumsum(_histogram(s), axis=1)
     reached = cumulative >= fraction * cumulative[:, -1:]
     return _upper_edge(s, reached.argmax(axis=1))
+
+
+RANGES.add("percentile", percentile)
 
 
 @RANGES.register("mse")

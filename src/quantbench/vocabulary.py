@@ -26,6 +26,8 @@ GRANULARITIES = {
 DEFAULT_GRANULARITY = {"int8": "channel", "int4": "group", "fp8_e4m3": "tensor"}
 GROUP_SIZES = (32, 64, 128)
 BLOCK_SHAPE = (128, 128)
+SMOOTH_TARGETS = ("attn_in", "o_in", "mlp_in", "down_in")  # the taps whose channels a transform may scale
+DEFAULT_TARGETS = ("attn_in", "mlp_in", "down_in")  # o_in would also change the V cache; see docs/numerics.md
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class LayerPlan:
     dynamic: bool = False  # True: one scale per token at run time; False: one calibrated scale per tensor
     activation_observer: str = "absmax"
     method: str = "rtn"
+    options: tuple[tuple[str, Any], ...] = ()  # the method's settings by name
     rule: str = "default"  # which rule of the recipe chose this, for people
 
     @property

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from quantbench.calibrate.apply import STORAGE, apply_block, fold_block, tap_factors, transformed
-from quantbench.calibrate.choose import SMOOTH_TARGETS, choose_block
+from quantbench.calibrate.choose import choose_block
 from quantbench.errors import CalibrationError, CheckpointError
 from quantbench.infer.models import LINEARS, block_tensors
+from quantbench.quantizers.gptq import gptq
 from quantbench.quantizers.methods import METHODS
+from quantbench.quantizers.pack import pack_int32
 from quantbench.quantizers.weight import dequantize_weight, quantize_weight
 from quantbench.scales.arrays import Array
 from quantbench.scales.table import ScaleTable
-from quantbench.vocabulary import VariantPlan
+from quantbench.vocabulary import SMOOTH_TARGETS, VariantPlan
 from tests.calibrate.block import CONFIG, LAYER, PREFIX, forward, hidden, statistics, variant, weights
 
 F32 = np.float32
@@ -172,3 +174,15 @@ def test_decoded_codes_are_what_dequantize_weight_gives() -> None:
     expected = dequantize_weight(quantize_weight(weights()[f"{name}.weight"], table[f"{PREFIX}.{name}.weight"]))
     decoded = tensors[f"{PREFIX}.{name}.weight"].astype(F32) * tensors[f"{PREFIX}.{name}.weight_scale"]
     assert np.array_equal(decoded, expected)
+
+
+def test_a_methods_settings_reach_it() -> None:
+    w = weights()
+    seen = statistics(w, hessian=True)
+    for act_order in (True, False):
+        plan = variant("weight_only_int4", method="gptq", options=(("act_order", act_order), ("damping", (0.5,))))
+        table = choose_block(LAYER, w, seen, plan, CONFIG)
+        name = "mlp.down_proj"
+        packed = apply_block(LAYER, w, table, plan, CONFIG, seen)[f"{PREFIX}.{name}.weight_packed"]
+        expected = gptq(w[f"{name}.weight"], table[f"{PREFIX}.{name}.weight"], seen["down_in"], act_order, (0.5,))
+        assert np.array_equal(packed, pack_int32(expected.codes, 4))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from quantbench.calibrate.apply import fold_block
-from quantbench.calibrate.choose import SMOOTH_TARGETS, choose_block, choose_head
+from quantbench.calibrate.choose import choose_block, choose_head
 from quantbench.errors import CalibrationError, RecipeError
 from quantbench.infer.models import LINEARS
 from quantbench.scales.lint import errors, lint_table
 from quantbench.scales.ranges import range_of
 from quantbench.scales.statistics import Statistics, observe
 from quantbench.scales.table import ScaleTable
-from quantbench.vocabulary import LayerPlan, VariantPlan
+from quantbench.vocabulary import SMOOTH_TARGETS, LayerPlan, VariantPlan
 from tests.calibrate.block import CONFIG, LAYER, PREFIX, forward, hidden, statistics, variant, weights
 
 F32 = np.float32

@@ -123,13 +123,26 @@ CASES = {
     ),
     "transforms: [shift]": "recipe:2: transforms[0]: unknown transform 'shift'. Known: smooth",
     "transforms: [{smooth: {}, awq: {}}]": "recipe:2: transforms[0]: one transform per list item, for example ",
-    "transforms: [{smooth: {alpha: 1.5}}]": "recipe:2: transforms[0].smooth.alpha: must be at most 1, got 1.5",
-    "transforms: [{smooth: {alpha: .nan}}]": "recipe:2: transforms[0].smooth.alpha: must be a finite number, got nan",
+    "transforms: [{smooth: {alpha: 1.5}}]": (
+        "recipe:2: transforms[0].smooth.alpha: 1.5 is not between 0 (leave activations alone) and 1 (move all of it)"
+    ),
+    "transforms: [{smooth: {alpha: .nan}}]": "recipe:2: transforms[0].smooth.alpha: nan is not between 0 (leave",
+    "transforms: [{smooth: {alpha: searched}}]": (
+        "recipe:2: transforms[0].smooth.alpha: expected a number from 0 to 1, or search, got 'searched'"
+    ),
+    "transforms: [{smooth: {targets: [qkv]}}]": (
+        "recipe:2: transforms[0].smooth.targets[0]: unknown smooth target 'qkv'. Known: attn_in, down_in, mlp_in, o_in"
+    ),
+    "transforms: [{smooth: {targets: []}}]": "recipe:2: transforms[0].smooth.targets: must not be empty",
     "transforms: smooth": "recipe:2: transforms: expected a list, got 'smooth'",
-    "method: {gptq: {group: 64}}": "recipe:2: method: the method 'gptq' is not available yet. Known: rtn",
-    "method: gptq": "recipe:2: method: the method 'gptq' is not available yet. Known: rtn",
-    "method: rtm": "recipe:2: method: unknown method 'rtm'. Did you mean rtn? Known: rtn",
-    "method: {rtn: {}}": "recipe:2: method: a method without settings is a plain word. Known: rtn",
+    "method: {gptq: {group: 64}}": "recipe:2: method.gptq.group: unknown key 'group'. Known: act_order, damping",
+    "method: {gptq: {damping: -1}}": (
+        "recipe:2: method.gptq.damping: expected a positive number or a list of them, such as [0.01, 0.1, 1], got -1"
+    ),
+    "method: {gptq: {}, rtn: {}}": ("recipe:2: method: one method, for example `rtn` or `{gptq: {act_order: true}}`"),
+    "method: rtm": "recipe:2: method: unknown method 'rtm'. Did you mean rtn? Known: gptq, rtn",
+    "method: {rtm: {}}": "recipe:2: method.rtm: unknown method 'rtm'. Did you mean rtn? Known: gptq, rtn",
+    "method: 3": "recipe:2: method: expected a mapping, got 3. Keys: rtn, gptq",
     "modes: []": "recipe:2: modes: must not be empty",
     "modes: [{name: x}]": "recipe:2: modes[0].mode: required: What is quantized, and to what.",
     "modes: [{name: ../x, mode: a8w8}]": (

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from quantbench.errors import RecipeError
 from quantbench.recipes.facts import ModelFacts, Shape
 from quantbench.recipes.load import load_recipe
+from quantbench.recipes.lock import write_lock
 from quantbench.recipes.plan import Plan, make_plan
-from quantbench.vocabulary import CachePlan
+from quantbench.recipes.plan_file import load_plan, plan_json
+from quantbench.vocabulary import DEFAULT_TARGETS, CachePlan
 
 Layers = dict[str, Shape]
 
@@ -43,9 +47,10 @@ def test_dtype_is_the_modes_the_recipes_or_the_models(layers: Layers, facts: Mod
 
 
 def test_transforms_are_for_variants_that_quantize_weights(layers: Layers, facts: ModelFacts) -> None:
+    default = {"alpha": 0.5, "targets": list(DEFAULT_TARGETS)}
     text = "modes: [bf16c8, a8w8, {name: plain, mode: a8w8, transforms: []}]\ntransforms: [smooth]"
     transforms = {n: v.transforms for n, v in planned(text, layers, facts).variants.items()}
-    assert transforms == {"bf16c8": (), "a8w8": ({"smooth": {"alpha": 0.5}},), "plain": ()}
+    assert transforms == {"bf16c8": (), "a8w8": ({"smooth": default},), "plain": ()}
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest_layers(layers: Layers, facts: ModelFacts) -> None:
@@ -132,3 +137,25 @@ def test_everything_is_told_at_once(layers: Layers, facts: ModelFacts) -> None:
     )
     found = refused(text, layers, replace(facts))
     assert [p.split(": ")[0] for p in found] == ["recipe:2", "recipe:5", "recipe:6"]
+
+
+def test_a_method_with_settings_reaches_its_layers_and_survives_lock_and_plan_file(
+    layers: Layers, facts: ModelFacts, tmp_path: Path
+) -> None:
+    text = (
+        "model: m\nmodes: [a8w8, {name: w4, mode: weight_only_int4, method: gptq}]\n"
+        "rules: [{match: '*.down_proj', method: {gptq: {act_order: false, damping: 0.05}}, variants: [a8w8]}]\n"
+    )
+    recipe = load_recipe(text)
+    plan = make_plan(recipe, layers, facts)
+    name = "model.layers.0.mlp.down_proj"
+    assert (plan.variants["a8w8"].layers[name].method, plan.variants["a8w8"].layers[name].options) == (
+        "gptq", (("act_order", False), ("damping", (0.05,))),
+    )  # fmt: skip
+    assert plan.variants["a8w8"].layers["model.layers.0.mlp.up_proj"].method == "rtn"
+    assert plan.variants["w4"].layers[name].options == (("act_order", True), ("damping", (0.01, 0.1, 1.0)))
+    lock = write_lock(recipe, tmp_path / "recipe.lock.yaml", "0" * 64, {}, {})
+    assert "method: rtn\n" in lock.read_text()
+    assert load_recipe(lock).model_dump() == recipe.model_dump()
+    (tmp_path / "plan.json").write_text(json.dumps(plan_json(plan)))
+    assert load_plan(tmp_path / "plan.json") == plan

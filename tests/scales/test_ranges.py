@@ -164,3 +164,12 @@ def test_derived_statistics_are_refused_where_they_do_not_suffice() -> None:
 def test_an_unknown_observer_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"unknown observer 'msee'\. Did you mean mse\?"):
         range_of(seen(normal()), "msee", 127)
+
+
+def test_a_percentile_with_its_number() -> None:
+    s = observe(np.linspace(-1, 1, 20001, dtype=np.float32).reshape(-1, 1))
+    assert range_of(s, "percentile=90.0", 127) == pytest.approx([0.9], abs=1e-3)
+    assert range_of(s, "percentile=100", 127) == pytest.approx([1])
+    assert range_of(s, "percentile=99.99", 127) == range_of(s, "percentile", 127)
+    with pytest.raises(RecipeError, match="unknown observer 'percentile=high'"):
+        range_of(s, "percentile=high", 127)

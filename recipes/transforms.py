@@ -1,0 +1,108 @@
+"""The words of `transforms` and `method`: what happens to a block before its weights become codes, and how they do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from quantbench.errors import unknown
+from quantbench.recipes.sections import Section
+from quantbench.recipes.values import Rows, Shown, Words
+from quantbench.vocabulary import DEFAULT_TARGETS, SMOOTH_TARGETS
+
+Target = Annotated[str, Words("smooth target", SMOOTH_TARGETS)]
+
+
+def _alpha(value: Any) -> Any:
+    if isinstance(value, bool) or (value != "search" and not isinstance(value, (int, float))):
+        raise ValueError(f"expected a number from 0 to 1, or search, got {value!r}")
+    if value != "search" and not 0 <= value <= 1:
+        raise ValueError(f"{value} is not between 0 (leave activations alone) and 1 (move all of it)")
+    return value if value == "search" else float(value)
+
+
+def _shares(value: Any) -> Any:
+    shares = value if isinstance(value, (list, tuple)) else [value]
+    bad = [s for s in shares if isinstance(s, bool) or not isinstance(s, (int, float)) or s <= 0]
+    if bad or not shares:
+        raise ValueError(f"expected a positive number or a list of them, such as [0.01, 0.1, 1], got {value!r}")
+    return tuple(float(s) for s in shares)
+
+
+class Smooth(Section):
+    """SmoothQuant (Xiao et al. 2023, eq. 4): moves the difficulty of outlier channels into the weights."""
+
+    alpha: Annotated[float | str, BeforeValidator(_alpha), Shown("a number from 0 to 1, or search")] = Field(
+        default=0.5,
+        description="0: leave activations alone; 1: move all of it; search: the best of 0, 0.1 … 1 for each target.",
+    )
+    targets: Rows[Target] = Field(
+        default=DEFAULT_TARGETS, min_length=1, description="Inputs that are smoothed, where they are quantized."
+    )
+
+
+class Transform(Section):
+    """One change of the float model before it is quantized. Exactly one key."""
+
+    key_kind: ClassVar[str] = "transform"
+    smooth: Smooth | None = Field(default=None, description="SmoothQuant, alpha fixed or searched.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return _one_key(cls, value, "one transform per list item, for example `- {smooth: {alpha: 0.5}}`")
+
+
+class Rtn(Section):
+    """Round to nearest. It has no settings."""
+
+
+class Gptq(Section):
+    """GPTQ (Frantar et al. 2022): columns one at a time, the error of each moved onto those not yet rounded."""
+
+    act_order: bool = Field(default=True, description="Columns of large inputs first.")
+    damping: Annotated[Rows[float], BeforeValidator(_shares), Shown("a number, or a list to try in order")] = Field(
+        default=(0.01, 0.1, 1.0),
+        description="Share of the Hessian's mean diagonal that is added to it; the next where it stays singular.",
+    )
+
+
+class Method(Section):
+    """How weights become codes under their scales: a plain word, or one key with settings."""
+
+    key_kind: ClassVar[str] = "method"
+    rtn: Rtn | None = Field(default=None, description="Round to nearest; needs no data.")
+    gptq: Gptq | None = Field(default=None, description="Least error of the layer's output; needs Hessians.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return _one_key(cls, value, "one method, for example `rtn` or `{gptq: {act_order: true}}`")
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """A method with nothing to set is its word."""
+        return {k: v for k, v in handler(self).items() if v is not None} if self.options else self.name
+
+    @property
+    def name(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """The settings as LayerPlan holds them."""
+        return tuple(getattr(self, self.name).model_dump().items())
+
+
+def _one_key(section: type[Section], value: Any, wanted: str) -> Any:
+    """A word for a key with its defaults; a mapping with exactly one key. Raises ValueError."""
+    if isinstance(value, str):
+        if value not in section.model_fields:
+            raise ValueError(unknown(section.key_kind, value, section.model_fields))
+        return {value: {}}
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1:
+        raise ValueError(wanted)
+    return {k: {} if v is None else v for k, v in value.items()}
