@@ -10,8 +10,9 @@ import numpy as np
 
 from quantbench.errors import CalibrationError
 from quantbench.quantizers.finite import require_finite
-from quantbench.quantizers.weight import dequantize_weight, quantize_weight
-from quantbench.quantizers.weight_range import WeightRange, weight_entry
+from quantbench.quantizers.formats import FORMATS
+from quantbench.quantizers.weight import expand
+from quantbench.quantizers.weight_range import WeightRange, weight_range
 from quantbench.scales.arrays import F32, F64
 from quantbench.scales.statistics import Statistics
 from quantbench.vocabulary import LayerPlan
@@ -29,7 +30,12 @@ def output_loss(weight: F32, approximation: F32, hessian: F64) -> float:
 
 def round_trip(w: F32, plan: LayerPlan, chosen: WeightRange | None = None) -> F32:
     """w [N, K] rounded to nearest as `plan` says (under the range `chosen`, if given) and decoded again, float32."""
-    return dequantize_weight(quantize_weight(w, weight_entry(w, plan, chosen)))
+    used = chosen or weight_range(w, plan)  # which refuses a plan without a granularity, and NaN
+    record, granularity, shape = FORMATS[plan.weights], str(plan.granularity), (w.shape[0], w.shape[1])
+    scale, zero = (record.scale_of(used.high), None) if plan.symmetric else record.affine_of(used.low, used.high)
+    scale = expand(scale, granularity, shape, plan.group_size)
+    zero = None if zero is None else expand(zero, granularity, shape, plan.group_size)
+    return record.decode(record.encode(w, scale, zero), scale, zero)
 
 
 def hessian_of(statistics: Statistics | None, name: str, method: str) -> F64:

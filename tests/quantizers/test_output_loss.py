@@ -15,6 +15,12 @@ from quantbench.vocabulary import LayerPlan
 
 F32 = np.float32
 PLAN = LayerPlan("w", "int4", "group", 32)
+PLANS = [
+    PLAN,
+    LayerPlan("w", "int4", "group", 32, symmetric=False, weight_observer="mse"),
+    LayerPlan("w", "int8", "channel"),
+    LayerPlan("w", "fp8_e4m3", "block"),
+]
 
 
 def sample() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,9 +39,14 @@ def test_it_is_the_squared_error_of_the_outputs() -> None:
     assert output_loss(w, w, hessian) == 0
 
 
-def test_a_round_trip_is_what_rtn_stores() -> None:
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.weights}-{p.granularity}-{p.symmetric}")
+def test_a_round_trip_is_what_rtn_stores(plan: LayerPlan) -> None:
     _, w, _ = sample()
-    assert np.array_equal(round_trip(w, PLAN), dequantize_weight(rtn(w, weight_entry(w, PLAN), None)))
+    assert np.array_equal(round_trip(w, plan), dequantize_weight(rtn(w, weight_entry(w, plan), None)))
+
+
+def test_a_round_trip_keeps_to_a_given_range() -> None:
+    _, w, _ = sample()
     half = np.full((8, 2), 0.5, F32)
     assert np.abs(round_trip(w, PLAN, WeightRange(-half, half))).max() == pytest.approx(0.5 * 8 / 7.5)
 
