@@ -39,7 +39,7 @@ models: install
 	$(BIN)/python -m pytest -m model --durations=8
 
 sanitize: install
-	VENV=$(VENV) sh tests/sanitize.sh
+	VENV=$(VENV) sh tests/infer/kernels/sanitize.sh
 
 test: check models sanitize
 

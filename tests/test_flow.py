@@ -106,6 +106,45 @@ def test_a_failed_gate_is_exit_code_1(quantbench: Command, tiny_recipe: Path, tm
     assert json.loads(done.stdout)["passed"] is False
 
 
+def test_every_table_and_checkpoint_of_a_run_is_sound(quantbench: Command, tiny_run: Path) -> None:
+    for name in ("a8w8", "a8w8c8", "weight_only_int4"):
+        for part in ("scales", "checkpoint"):
+            done = quantbench("lint", tiny_run / part / name)
+            assert done.returncode == 0, done.stdout
+
+
+def test_lint_knows_what_the_plan_of_a_run_needs(quantbench: Command, run_copy: tuple[Path, Path]) -> None:
+    _, folder = run_copy
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["variants"]["bf16"] = plan["variants"]["a8w8"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    done = quantbench("lint", folder / "scales" / "bf16")
+    assert done.returncode == 1
+    assert "model.layers.0.self_attn.q_proj.weight" in done.stdout
+
+
+def test_tables_and_checkpoints_are_compared(quantbench: Command, tiny_run: Path) -> None:
+    for part in ("scales", "checkpoint"):
+        assert quantbench("diff", tiny_run / part / "a8w8", tiny_run / part / "a8w8").stdout == "no difference\n"
+        done = quantbench("diff", tiny_run / part / "a8w8", tiny_run / part / "weight_only_int8")
+        assert done.returncode == 1
+        assert "model.layers.0" in done.stdout
+
+
+def test_inspect_shows_reasons_and_formats(quantbench: Command, tiny_run: Path) -> None:
+    assert "absmax" in quantbench("inspect", tiny_run / "scales" / "a8w8").stdout
+    rows = json.loads(quantbench("inspect", tiny_run / "checkpoint" / "a8w8", "--json").stdout)
+    assert any(row["stored"].startswith("int8") for row in rows)
+
+
+def test_runs_stand_side_by_side(quantbench: Command, tiny_run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "compare.html"
+    done = quantbench("compare", tiny_run, tiny_run / "checkpoint" / "a8w8", "--html", page)
+    assert done.returncode == 0, done.stderr
+    assert "a8w8" in done.stdout
+    assert page.read_text().startswith("<!doctype html>") or page.read_text().startswith("<!DOCTYPE html>")
+
+
 def test_plan_reads_no_weights_and_writes_nothing(quantbench: Command, tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "planned"
     done = quantbench("plan", tiny_recipe, "--json", "--set", f"output={out}")

@@ -17,7 +17,7 @@ from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.data import eval_windows
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
-from quantbench.infer.engine.trace import Trace
+from quantbench.infer.engine import Engine, Trace
 from quantbench.infer.models import model_tensors
 from quantbench.infer.validate.accuracy import AccuracyTasks, TokenSet, evaluate_accuracy
 from quantbench.infer.validate.choices import ChoiceSet, load_choices
@@ -98,26 +98,26 @@ def measure_parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan
     context = min(first.context, recipe.parity.tokens + 1)
     windows = [w.tolist() for w in eval_windows(first.data, recipe.parity.tokens, context, source.tokenizer())]
     progress.stage("parity", len(plan.variants))
-    base = [replace(trace, taps={}) for trace in traces(EngineSpec(recipe.model, "fp32"), windows)]
+    base = float_states(EngineSpec(recipe.model, "fp32"), windows)
     variants = {}
     for name in plan.variants:
         checkpoint = open_model(checkpoint_path(folder, name))
-        judged = Parity()
-        served = traces(EngineSpec(str(checkpoint.path)), windows)
-        for window, float_trace, served_trace in zip(windows, base, served, strict=True):
-            followed = simulate(checkpoint, window, followed=served_trace.hidden)
+        judged, engine = Parity(), Engine.load(checkpoint)
+        for window, float_trace in zip(windows, base, strict=True):
+            served = engine.trace(window)
+            followed = simulate(checkpoint, window, followed=served.hidden)
             free = simulate(checkpoint, window, taps=False).logits
-            judged.add(float_trace, followed, served_trace, free)
+            judged.add(float_trace, followed, served, free)
         variants[name] = judged.result()
         gc.collect()
         progress.advance()
     return {"tokens": sum(map(len, windows)), "variants": variants, "machine": describe_machine()}
 
 
-def traces(spec: EngineSpec, windows: list[list[int]]) -> list[Trace]:
-    """One trace per window; the engine is gone afterwards."""
+def float_states(spec: EngineSpec, windows: list[list[int]]) -> list[Trace]:
+    """Traces with nothing but the hidden states, which is all that is compared with the float model."""
     engine = spec()
-    return [engine.trace(window) for window in windows]
+    return [Trace(hidden=engine.trace(window).hidden) for window in windows]
 
 
 def measure_speed(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> dict[str, Any]:

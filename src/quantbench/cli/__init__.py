@@ -14,7 +14,8 @@ import typer
 import quantbench.cli.doctor
 import quantbench.cli.files
 import quantbench.cli.models
-import quantbench.cli.run  # noqa: F401  (each of these registers its commands)
+import quantbench.cli.run
+import quantbench.cli.search  # noqa: F401  (each of these registers its commands)
 from quantbench.cli.app import app
 from quantbench.errors import QuantbenchError
 

@@ -62,10 +62,8 @@ def checkpoint_rows(path: Path) -> tuple[list[str], list[list[Any]]]:
 def lint(path: PathArgument, json: Json = False) -> None:
     """Look for damage: NaN, Inf, zero and absent scales, flipped bytes, untied layers, dead channels, saturation."""
     from quantbench.infer.checkpoint.lint import lint_checkpoint
-    from quantbench.scales.lint import lint_table
-    from quantbench.scales.table import ScaleTable
 
-    found: list[Any] = list(lint_table(ScaleTable.load(path)) if is_table(path) else lint_checkpoint(path))
+    found: list[Any] = lint_scales(path) if is_table(path) else lint_checkpoint(path)
     if json:
         print_json(found)
     else:
@@ -74,6 +72,20 @@ def lint(path: PathArgument, json: Json = False) -> None:
         typer.echo(f"{len(found)} findings" if found else "nothing found")
     if any(f.severity == "error" for f in found):
         raise typer.Exit(1)
+
+
+def lint_scales(path: Path) -> list[Any]:
+    """Findings of a scale table; inside a run folder, also what its plan needs and its statistics contradict."""
+    from quantbench.calibrate.blocks import seen_by
+    from quantbench.recipes.plan_file import load_plan
+    from quantbench.scales.lint import lint_table
+    from quantbench.scales.table import ScaleTable
+
+    table, run = ScaleTable.load(path), path.resolve().parents[1]
+    if not (run / "plan.json").is_file():
+        return list(lint_table(table))
+    variant = load_plan(run / "plan.json").variants[path.resolve().name]
+    return list(lint_table(table, variant, seen_by(run, variant.name, table)))
 
 
 @app.command("diff")
