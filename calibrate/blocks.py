@@ -22,7 +22,9 @@ from quantbench.calibrate.collect import Collect, advance_block, collect_block
 from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.forward import BlockForward, Float
 from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
+from quantbench.calibrate.transforms import Sample
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.checkpoint.write import CheckpointWriter
@@ -61,6 +63,14 @@ class Stream:
         return root / self.name if self.name else root
 
 
+@dataclass(frozen=True)
+class Looks:
+    """How a decision may look at the block's data again: statistics behind transforms, and rows (None: it may not)."""
+
+    reobserve: Reobserve
+    sample: Sample | None = None
+
+
 def streams(job: BlockJob) -> list[Stream]:
     """One float stream for all, or, with quantized inputs, one for each variant that quantizes linears."""
     own = [v for v in job.variants.values() if job.quantized_inputs and any(p.quantized for p in v.layers.values())]
@@ -85,8 +95,10 @@ def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
         weights = job.source.float_block(layer)
         seen, after = collect_block(job.forward, layer, weights, hidden, options, advance=not stream.name)
         stats.save(statistics_path(job, stream, layer), seen)
-        look_again = partial(observe_again, job, options, layer, weights, hidden)
-        decide_and_write(job, writers, layer, weights, seen, look_again)
+        looks = Looks(
+            partial(observe_again, job, options, layer, weights, hidden), TapSample(job.forward, layer, weights, hidden)
+        )
+        decide_and_write(job, writers, layer, weights, seen, looks)
         hidden = hand_on(job, writers[stream.name], layer, hidden) if stream.name else after
         hidden.commit()
         yield layer
@@ -119,7 +131,7 @@ def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
     writers = writers_of(job, stream)
     for layer in range(job.source.config.num_layers):
         seen = stats.load(statistics_path(job, stream, layer))
-        decide_and_write(job, writers, layer, job.source.float_block(layer), seen, refuse)
+        decide_and_write(job, writers, layer, job.source.float_block(layer), seen, Looks(refuse))
         yield layer
 
 
@@ -138,13 +150,13 @@ def decide_and_write(
     layer: int,
     weights: Mapping[str, Float],
     seen: dict[str, stats.Statistics],
-    look_again: Reobserve,
+    looks: Looks,
 ) -> None:
     """One block of every variant: its scale table to work/, its tensors to the checkpoint's shard."""
     config = job.source.config
     for name, writer in writers.items():
         variant = job.variants[name]
-        table = choose_block(layer, weights, seen, variant, config, look_again)
+        table = choose_block(layer, weights, seen, variant, config, looks.reobserve, looks.sample)
         table.save(table_folder(job, variant, layer))
         writer.add_block(layer, apply_block(layer, weights, table, variant, config, seen))
 
@@ -204,3 +216,17 @@ def statistics_path(job: BlockJob, stream: Stream, layer: int) -> Path:
 
 def table_folder(job: BlockJob, variant: VariantPlan, layer: int) -> Path:
     return job.folder / "work" / "scales" / variant.name / block_prefix(layer)
+
+
+def seen_by(run: Path, variant: str, table: ScaleTable) -> dict[str, stats.Statistics]:
+    """Saved statistics of a run folder as `lint_table` takes them: "model.layers.0.attn_in" -> Statistics.
+
+    Blocks that the table transforms are left out: their saved histograms are of what was there before.
+    """
+    own = run / "statistics" / variant
+    found: dict[str, stats.Statistics] = {}
+    for path in sorted((own if own.is_dir() else run / "statistics").glob("block_*.safetensors")):
+        prefix = block_prefix(int(path.stem.removeprefix("block_")))
+        if not any(entry.kind == "transform" and entry.name.startswith(f"{prefix}.") for entry in table):
+            found |= {f"{prefix}.{tap}": seen for tap, seen in stats.load(path).items()}
+    return found

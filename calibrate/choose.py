@@ -8,49 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from quantbench.calibrate.apply import STORAGE, fold_block, tap_factors, transformed
-from quantbench.errors import CalibrationError, RecipeError, unknown
-from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
+from quantbench.calibrate.apply import fold_block, tap_factors, transformed
+from quantbench.calibrate.transforms import TRANSFORMS, Block, Sample
+from quantbench.errors import CalibrationError
+from quantbench.infer.models import LINEARS, ModelConfig
 from quantbench.infer.models.family import Linear
 from quantbench.quantizers.formats import FORMATS
-from quantbench.quantizers.smooth import smooth_factors, storable_factors, tie_heads
 from quantbench.quantizers.weight_range import WeightRange, weight_entry, weight_range
-from quantbench.registry import Registry
 from quantbench.scales.arrays import F32
 from quantbench.scales.ranges import histogram_loss, range_of
 from quantbench.scales.statistics import Statistics
 from quantbench.scales.table import Entry, ScaleTable
-from quantbench.vocabulary import DEFAULT_TARGETS, SMOOTH_TARGETS, LayerPlan, VariantPlan
+from quantbench.vocabulary import LayerPlan, VariantPlan
 
 Reobserve = Callable[[dict[str, F32]], dict[str, Statistics]]  # {tap: factors} -> statistics of x * factors
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block as calibration found it: weights by name within the block, statistics by tap, both untransformed."""
-
-    layer: int
-    weights: Mapping[str, F32]
-    statistics: Mapping[str, Statistics]
-    variant: VariantPlan
-    config: ModelConfig
-
-    @property
-    def prefix(self) -> str:
-        return block_prefix(self.layer)
-
-    def plan(self, linear: str) -> LayerPlan | None:
-        """The plan of a quantized linear, or None where it stays float."""
-        plan = self.variant.layers.get(f"{self.prefix}.{linear}")
-        return plan if plan is not None and plan.quantized else None
-
-
-Transform = Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
-TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)
 
 
 def choose_block(
@@ -60,13 +34,15 @@ def choose_block(
     variant: VariantPlan,
     config: ModelConfig,
     reobserve: Reobserve | None = None,
+    sample: Sample | None = None,
 ) -> ScaleTable:
     """The scale table of one block under one variant; empty where nothing of the block is quantized.
 
     `reobserve` gives the statistics of taps behind transforms; it is called, at most once, only where an observer other
-    than absmax decides such a tap. Raises CalibrationError (NaN, absent statistics), RecipeError (unknown words).
+    than absmax decides such a tap. `sample` gives rows of taps; only searches over transforms ask for it. Raises
+    CalibrationError (NaN, absent statistics, no rows to search on), RecipeError (unknown words).
     """
-    block = Block(layer, weights, statistics, variant, config)
+    block = Block(layer, weights, statistics, variant, config, sample)
     table = ScaleTable()
     for transform in variant.transforms:
         for name, options in transform.items():
@@ -80,54 +56,6 @@ def choose_block(
     ):
         table.add(entry)
     return table
-
-
-@TRANSFORMS.register("smooth")
-def smooth(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> list[Entry]:
-    """SmoothQuant factors of every target whose linears have quantized inputs; quantizers/smooth.py has the formula.
-
-    options: alpha (0.5), targets (default attn_in, mlp_in, down_in).
-    """
-    targets = options.get("targets", DEFAULT_TARGETS)
-    problems = [unknown("smooth target", str(t), SMOOTH_TARGETS) for t in targets if t not in SMOOTH_TARGETS]
-    problems += [
-        unknown("smooth option", str(k), ("alpha", "targets")) for k in options if k not in ("alpha", "targets")
-    ]
-    if problems:
-        raise RecipeError(*problems)
-    decided = ScaleTable.merge(table)
-    for tap in SMOOTH_TARGETS:
-        lines = [line for line in LINEARS if line.tap == tap]
-        if tap in targets and any((p := block.plan(line.name)) and p.activations for line in lines):
-            decided.add(_smooth_entry(block, decided, lines, float(options.get("alpha", 0.5))))
-    return [entry for entry in decided if entry.name not in table]
-
-
-def _smooth_entry(block: Block, decided: ScaleTable, lines: Sequence[Linear], alpha: float) -> Entry:
-    config, source = block.config, lines[0].source
-    weights = fold_block(block.layer, block.weights, decided, config)
-    seen = _tap(transformed(block.layer, block.statistics, decided, config), lines[0].tap, block)
-    act = seen.channel_absmax
-    columns = np.max([np.abs(weights[f"{line.name}.weight"]).max(axis=0) for line in lines], axis=0)
-    if source == "self_attn.v_proj":
-        act, columns = (tie_heads(a, config.num_kv_heads, config.head_dim) for a in (act, columns))
-    factors = smooth_factors(act, columns, alpha)
-    if weights[f"{source}.weight"].ndim == 1:
-        factors = storable_factors(weights[f"{source}.weight"], factors, STORAGE[block.variant.dtype])
-    behind = ", ".join(line.name.split(".")[-1] for line in lines)
-    return Entry(
-        name=f"{block.prefix}.{source}.smooth",
-        kind="transform",
-        format="float32",
-        granularity="channel",
-        scale=factors,
-        zero=None,
-        absmax=act,
-        group_size=None,
-        observer="smooth",
-        reason=f"SmoothQuant alpha {alpha:g} between the input and the weights of {behind}",
-        loss=None,
-    )
 
 
 def _observed(block: Block, table: ScaleTable, reobserve: Reobserve | None) -> dict[str, Statistics]:
@@ -171,7 +99,7 @@ def _inputs(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
     for group in _fused_groups():
         plans = [p for line in group if (p := block.plan(line.name)) and p.activations]
         static = [p for p in plans if not p.dynamic]
-        shared = input_range(static, _tap(seen, group[0].tap, block)) if static else None
+        shared = input_range(static, block.tap(seen, group[0].tap)) if static else None
         for plan in plans:
             yield dynamic_input(plan) if plan.dynamic or shared is None else static_input(plan, shared, static)
 
@@ -241,7 +169,7 @@ def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
         return
     record = FORMATS[cache.format]
     for tap in ("k", "v"):
-        statistics = _tap(seen, tap, block)
+        statistics = block.tap(seen, tap)
         absmax = range_of(statistics, cache.observer, record.qmax)
         yield Entry(
             name=f"{block.prefix}.self_attn.{tap}_cache",
@@ -261,14 +189,6 @@ def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
 def _fused_groups() -> list[list[Linear]]:
     labels = list(dict.fromkeys(line.fused for line in LINEARS))
     return [[line for line in LINEARS if line.fused == label] for label in labels]
-
-
-def _tap(seen: Mapping[str, Statistics], tap: str, block: Block) -> Statistics:
-    if tap not in seen:
-        raise CalibrationError(
-            f"{block.prefix}: no statistics of tap {tap!r} ({', '.join(seen) or 'none at all'} known)"
-        )
-    return seen[tap]
 
 
 def _reason(observer: str, s: Statistics) -> str:

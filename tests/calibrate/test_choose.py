@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -221,3 +222,49 @@ def test_the_head_is_decided_only_where_its_plan_says_so() -> None:
     assert choose_head(w, head(activations="int8"), seen)["lm_head.input"].absmax == 1
     with pytest.raises(CalibrationError, match="lm_head: a static input scale needs statistics of its input"):
         choose_head(w, head(activations="int8"))
+
+
+def rows(taps: Collection[str]) -> dict[str, np.ndarray]:
+    return {tap: forward(hidden(1), weights())[1][tap].astype(F32) for tap in taps}
+
+
+SEARCH = {"smooth": {"alpha": "search", "targets": list(SMOOTH_TARGETS)}}
+
+
+def test_a_searched_alpha_is_told_and_beats_the_fixed_one() -> None:
+    table = choose(variant("a8w8", SEARCH), sample=rows)
+    entries = [e for e in table if e.kind == "transform"]
+    assert len(entries) == len(SMOOTH_TARGETS)
+    assert "searched: relative output error of q_proj, k_proj, v_proj" in entries[0].reason
+    w, x = weights(), hidden(1)
+
+    def error(t: ScaleTable) -> float:
+        folded = fold_block(LAYER, w, t, CONFIG)
+        tap = forward(x, folded)[1]["down_in"]
+        a, entry = t[f"{PREFIX}.mlp.down_proj.input"].scale[0], t[f"{PREFIX}.mlp.down_proj.weight"]
+        weight = folded["mlp.down_proj.weight"]
+        y = tap @ weight.T
+        served = np.clip(np.rint(tap / a), -127, 127) * a @ (np.rint(weight / entry.scale) * entry.scale).T
+        return float(np.mean(np.square(served - y).sum(axis=1) / np.square(y).sum(axis=1)))
+
+    assert error(table) <= error(choose(variant("a8w8", ALL)))
+    assert error(table) < 0.5 * error(choose(variant("a8w8")))
+
+
+def test_a_search_sees_what_earlier_targets_have_changed() -> None:
+    """Smoothing o_in after attn_in: the rows are those of the folded block."""
+    both = choose(variant("a8w8", {"smooth": {"targets": ["mlp_in"]}}, SEARCH_DOWN), sample=rows)
+    w = fold_block(LAYER, weights(), ScaleTable({e.name: e for e in both if "layernorm" in e.name}), CONFIG)
+    assert both[f"{PREFIX}.mlp.up_proj.smooth"].absmax == pytest.approx(
+        np.max([np.abs(forward(hidden(s), w)[1]["down_in"]).max(axis=0) for s in (1, 2)], axis=0), rel=1e-4
+    )
+
+
+SEARCH_DOWN = {"smooth": {"alpha": "search", "targets": ["down_in"]}}
+
+
+def test_a_search_needs_rows() -> None:
+    with pytest.raises(
+        CalibrationError, match=r"a search tries its candidates on rows of attn_in, and there is no model"
+    ):
+        choose(variant("a8w8", SEARCH))
