@@ -22,12 +22,15 @@ def load_model(source: ModelSource, ops: Ops, mode: Mode | None) -> Model:
     layers = tuple(_load_layer(source, ops, mode, layer) for layer in range(source.config.num_layers))
     keep = _keeper(mode)
     embedding = ops.pack(keep(LinearWeight("model.embed_tokens", source.read(EMBEDDING), None)))
-    head = source.linear("lm_head")
-    if source.config.tie_word_embeddings and isinstance(head.weight, np.ndarray):
-        logits = Projection(spec_of(head), (embedding,))  # one matrix in memory, for both ends
+    if source.config.tie_word_embeddings and not _quantized(source, "lm_head"):
+        logits = Projection(FLOAT, (embedding,))  # one matrix in memory, for both ends, and read once
     else:
-        logits = pack_group(ops, [keep(head)])
+        logits = pack_group(ops, [keep(source.linear("lm_head"))])
     return Model(source.config, embedding, layers, _norm(source, mode, "model.norm.weight"), logits)
+
+
+def _quantized(source: ModelSource, name: str) -> bool:
+    return source.quantization is not None and name in source.quantization.layers
 
 
 def spec_of(linear: LinearWeight) -> ActSpec:

@@ -9,13 +9,20 @@ namespace quantbench {
 
 namespace {
 
-PackedWeight* pack(int kind, ConstBytes codes, std::optional<ConstFloats> scale,
+PackedWeight* pack(int kind, std::vector<ConstBytes> codes, std::optional<ConstFloats> scale,
                    std::optional<Array<const int32_t, 2>> zero, int64_t group_size, std::optional<ConstVector> bias) {
     require(kind >= 0 && kind <= int(Kind::int8_dot), "kind of weight");
-    require(codes.ndim() == 2, "a weight must be [N, K]");
-    int64_t rows = int64_t(codes.shape(0)), columns = int64_t(codes.shape(1));
+    require(!codes.empty() && codes[0].ndim() == 2, "a weight must be [N, K]");
+    int64_t columns = int64_t(codes[0].shape(1));
     size_t bytes = Kind(kind) == Kind::f32 ? 4 : kind <= int(Kind::f16) ? 2 : 1;
-    require(codes.itemsize() == bytes, "weight codes have the wrong size for their kind");
+    std::vector<const void*> codes_of;  // of every row
+    for (const ConstBytes& part : codes) {
+        require(part.ndim() == 2 && int64_t(part.shape(1)) == columns, "weights below each other must be [n, K]");
+        require(part.itemsize() == bytes, "weight codes have the wrong size for their kind");
+        for (size_t n = 0; n < part.shape(0); ++n)
+            codes_of.push_back(static_cast<const uint8_t*>(part.data()) + n * size_t(columns) * bytes);
+    }
+    int64_t rows = int64_t(codes_of.size());
     int64_t groups = scale ? int64_t(scale->shape(1)) : 1;
     require(!scale || int64_t(scale->shape(0)) == rows, "scale must be [N, groups]");
     require(group_size > 0 && (columns + group_size - 1) / group_size == groups, "groups must cover the columns");
@@ -23,7 +30,7 @@ PackedWeight* pack(int kind, ConstBytes codes, std::optional<ConstFloats> scale,
     require(!bias || int64_t(bias->shape(0)) == rows, "bias must be [N]");
     require(Kind(kind) != Kind::int8_dot || (scale && groups == 1 && !zero && columns <= 65536),
             "int8 activations need one scale per channel, no zero points and at most 65536 columns");
-    Source source{Kind(kind), rows, columns, codes.data(), scale ? scale->data() : nullptr, zero ? zero->data() : nullptr,
+    Source source{Kind(kind), rows, columns, std::move(codes_of), scale ? scale->data() : nullptr, zero ? zero->data() : nullptr,
                   groups, group_size, bias ? bias->data() : nullptr};
     Release release(rows * columns);
     return new PackedWeight(source);

@@ -1,10 +1,9 @@
 #include "pack.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "memory.h"
 #include "pool.h"
 
 namespace quantbench {
@@ -28,26 +27,28 @@ void pack_plain(const Source& s, int64_t panel, T* to) {
     int64_t first = panel * kPanel, last = std::min(first + kPanel, s.rows);
     for (int64_t k0 = 0; k0 < s.columns; k0 += kRun)
         for (int64_t n = first; n < last; ++n) {
-            const T* codes = static_cast<const T*>(s.codes) + n * s.columns;
+            const T* codes = static_cast<const T*>(s.codes[size_t(n)]);
             for (int64_t k = k0; k < std::min(k0 + kRun, s.columns); ++k) to[k * kPanel + n - first] = codes[k];
         }
 }
 
 // Channels that do not exist keep code 0, stored as 8, in the halves that nothing else fills.
 void pack_int4(const Source& s, int64_t panel, uint8_t* to) {
-    const int8_t* codes = static_cast<const int8_t*>(s.codes);
-    auto stored = [&](int64_t n, int64_t k) { return n < s.rows ? uint8_t(codes[n * s.columns + k] + 8) & 15 : 8; };
+    auto row = [&](int64_t n) { return n < s.rows ? static_cast<const int8_t*>(s.codes[size_t(n)]) : nullptr; };
+    auto stored = [](const int8_t* codes, int64_t k) { return codes ? uint8_t(codes[k] + 8) & 15 : 8; };
     for (int64_t k0 = 0; k0 < s.columns; k0 += kRun)
-        for (int64_t j = 0; j < 16; ++j)
-            for (int64_t k = k0, n = panel * kPanel + j; k < std::min(k0 + kRun, s.columns); ++k)
-                to[k * 16 + j] = uint8_t(stored(n, k) | (stored(n + 16, k) << 4));
+        for (int64_t j = 0; j < 16; ++j) {
+            const int8_t *low = row(panel * kPanel + j), *high = row(panel * kPanel + j + 16);
+            for (int64_t k = k0; k < std::min(k0 + kRun, s.columns); ++k)
+                to[k * 16 + j] = uint8_t(stored(low, k) | (stored(high, k) << 4));
+        }
 }
 
 void pack_dot(const Source& s, int64_t panel, int8_t* to, int32_t* sums) {
     int64_t first = panel * kPanel, last = std::min(first + kPanel, s.rows), whole = s.columns / 4 * 4;
     for (int64_t k0 = 0; k0 < s.columns; k0 += kRun)
         for (int64_t n = first; n < last; ++n) {
-            const int8_t* codes = static_cast<const int8_t*>(s.codes) + n * s.columns;
+            const int8_t* codes = static_cast<const int8_t*>(s.codes[size_t(n)]);
             int64_t k1 = std::min(k0 + kRun, s.columns), k = k0;
             for (; k < std::min(k1, whole); k += 4) std::memcpy(to + k * kPanel + (n - first) * 4, codes + k, 4);
             for (; k < k1; ++k) to[whole * kPanel + (n - first) * 4 + k - whole] = codes[k];
@@ -57,18 +58,16 @@ void pack_dot(const Source& s, int64_t panel, int8_t* to, int32_t* sums) {
 
 }  // namespace
 
-void Free::operator()(void* p) const { std::free(p); }
-
-// Zeroed, on a cache line, with room for a vector read past the end.
+// With room for a vector read past the end, which is zero in any case.
 template <class T>
-T* PackedWeight::allocate(int64_t count) {
-    size_t size = (size_t(count) * sizeof(T) + 127) / 64 * 64;
-    void* p = std::aligned_alloc(64, size);
-    if (!p) throw std::bad_alloc();
-    std::memset(p, 0, size);
-    bytes_ += int64_t(size);
-    buffers_.emplace_back(p);
-    return static_cast<T*>(p);
+T* PackedWeight::allocate(int64_t count, bool zeroed) {
+    int64_t used = count * int64_t(sizeof(T)), size = (used + 127) / 64 * 64;
+    buffers_.push_back(weight_memory(size));
+    auto* p = static_cast<uint8_t*>(buffers_.back().get());
+    int64_t from = zeroed ? 0 : used;
+    std::memset(p + from, 0, size_t(size - from));
+    bytes_ += size;
+    return reinterpret_cast<T*>(p);
 }
 
 PackedWeight::PackedWeight(const Source& s) {
@@ -82,7 +81,8 @@ PackedWeight::PackedWeight(const Source& s) {
     w.groups = s.groups;
     w.group_size = s.group_size;
     w.scale_at_load = s.scale && (s.groups > 1 || s.zero);
-    uint8_t* codes = allocate<uint8_t>(w.panels * w.panel_bytes);
+    bool padded = s.rows % kPanel != 0 || depth != s.columns;  // packing does not write channels and inputs that are not there
+    uint8_t* codes = allocate<uint8_t>(w.panels * w.panel_bytes, padded);
     w.codes = codes;
     if (s.scale) pack_scales(s);
     if (s.bias) {

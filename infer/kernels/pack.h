@@ -11,15 +11,11 @@ namespace quantbench {
 struct Source {
     Kind kind;
     int64_t rows, columns;
-    const void* codes;       // [rows][columns]: f32, u16 (bf16, f16), int8 (int8, int4), u8 (e4m3)
+    std::vector<const void*> codes;  // one per row, of `columns`: f32, u16 (bf16, f16), int8 (int8, int4), u8 (e4m3)
     const float* scale;      // [rows][groups] or null
     const int32_t* zero;     // [rows][groups] or null
     int64_t groups, group_size;
     const float* bias;       // [rows] or null
-};
-
-struct Free {
-    void operator()(void* p) const;
 };
 
 class PackedWeight {
@@ -32,13 +28,13 @@ public:
 
 private:
     template <class T>
-    T* allocate(int64_t count);
+    T* allocate(int64_t count, bool zeroed = true);
     void pack_codes(const Source& source, uint8_t* to);
     void pack_scales(const Source& source);
 
     Weight view_{};
     int64_t bytes_ = 0;
-    std::vector<std::unique_ptr<void, Free>> buffers_;
+    std::vector<std::shared_ptr<void>> buffers_;
 };
 
 }  // namespace quantbench

@@ -17,7 +17,7 @@ import numpy as np
 
 from quantbench.errors import CalibrationError, DependencyError, RequestError
 from quantbench.infer.ops.buffers import Buffers
-from quantbench.infer.ops.pack import Part, parts_of
+from quantbench.infer.ops.pack import parts_of
 from quantbench.infer.ops.types import (
     FLOAT,
     Activation,
@@ -74,8 +74,17 @@ def set_threads(threads: int | None) -> int:
 
 
 @dataclass(frozen=True)
+class NativePart:
+    """A native weight. The arrays it was packed from are not kept: weights are in memory once."""
+
+    rows: int
+    activations: str | None
+    weight: Any  # quantbench._kernels.PackedWeight
+
+
+@dataclass(frozen=True)
 class CpuPacked(Packed):
-    parts: tuple[tuple[Part, Any], ...] = ()  # with the native weight of each
+    parts: tuple[NativePart, ...] = ()
 
 
 class CpuOps:
@@ -100,14 +109,14 @@ class CpuOps:
 
     def pack(self, weight: Weights) -> CpuPacked:
         parts = parts_of(list(weight) if isinstance(weight, Sequence) else [weight])
-        natives = [self._module.pack(*part.native_arguments()) for part in parts]
+        natives = tuple(NativePart(p.rows, p.activations, self._module.pack(*p.native_arguments())) for p in parts)
         names = tuple(name for part in parts for name in part.names)
-        shape = (sum(part.rows for part in parts), parts[0].codes.shape[1])
-        return CpuPacked(names, shape, sum(n.nbytes for n in natives), tuple(zip(parts, natives, strict=True)))
+        shape = (sum(part.rows for part in parts), parts[0].columns)
+        return CpuPacked(names, shape, sum(n.weight.nbytes for n in natives), natives)
 
     def embed(self, table: Packed, ids: Ints) -> Floats:
         out = BUFFERS.array((len(ids), table.shape[1]), np.float32)
-        self.kernels.embed(_parts(table)[0][1], ids, out)
+        self.kernels.embed(_parts(table)[0].weight, ids, out)
         return out
 
     def add_norm(
@@ -122,13 +131,13 @@ class CpuOps:
         y = BUFFERS.array((a.tokens, w.shape[0]), np.float32)
         values, codes, format = a.values, _bits(a.codes), FORMATS[a.format]
         column = 0
-        for part, native in _parts(w):
+        for part in _parts(w):
             # a part whose input stays float reads the floats, where both were handed on
             floats = values is not None and (codes is None or part.activations is None)
             if floats:
-                self.kernels.linear(native, values, None, 0, None, y, column)
+                self.kernels.linear(part.weight, values, None, 0, None, y, column)
             else:
-                self.kernels.linear(native, None, codes, format, a.scale, y, column)
+                self.kernels.linear(part.weight, None, codes, format, a.scale, y, column)
             column += part.rows
         return y
 
@@ -172,7 +181,7 @@ class CpuOps:
         return out
 
 
-def _parts(packed: Packed) -> tuple[tuple[Part, Any], ...]:
+def _parts(packed: Packed) -> tuple[NativePart, ...]:
     if not isinstance(packed, CpuPacked):
         raise DependencyError(
             f"{', '.join(packed.names)}: packed by another backend; pack weights with the same Ops that uses them"

@@ -27,11 +27,12 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that become one native weight. `scale` and `zero` are [N, G]; None for float weights."""
+    """Rows that become one native weight. `codes` are [n, K] each, one below the other; `scale` and `zero` are [N, G],
+    None for float weights."""
 
     names: tuple[str, ...]
     kind: int
-    codes: Array
+    codes: tuple[Array, ...]
     scale: Floats | None
     zero: Ints | None
     group_size: int
@@ -40,18 +41,20 @@ class Part:
 
     @property
     def rows(self) -> int:
-        return int(self.codes.shape[0])
+        return sum(int(codes.shape[0]) for codes in self.codes)
+
+    @property
+    def columns(self) -> int:
+        return int(self.codes[0].shape[1])
 
     def native_arguments(self) -> tuple[Any, ...]:
-        bits = {2: np.uint16, 1: np.uint8, 4: np.float32}[self.codes.dtype.itemsize]
-        codes = self.codes if self.codes.dtype == np.int8 else self.codes.view(bits)
-        return self.kind, codes, self.scale, self.zero, self.group_size, self.bias
+        return self.kind, [_bits(codes) for codes in self.codes], self.scale, self.zero, self.group_size, self.bias
 
     def joins(self, other: Part) -> bool:
         """Whether `other`'s rows may follow in the same native weight."""
         return (
             (self.kind, self.group_size, self.activations) == (other.kind, other.group_size, other.activations)
-            and self.codes.shape[1] == other.codes.shape[1]
+            and self.columns == other.columns
             and (self.zero is None) == (other.zero is None)
         )
 
@@ -92,12 +95,18 @@ def _codes(weight: Any) -> Array:
     return codes
 
 
+def _bits(codes: Array) -> Array:
+    if codes.dtype == np.int8:
+        return codes
+    return codes.view({2: np.uint16, 1: np.uint8, 4: np.float32}[codes.dtype.itemsize])
+
+
 def _part(w: LinearWeightLike) -> Part:
     weight = w.weight
     bias = None if w.bias is None else np.ascontiguousarray(w.bias, np.float32)
     codes = np.ascontiguousarray(_codes(weight))
     if isinstance(weight, np.ndarray):
-        return Part((w.name,), FLOAT_KINDS[codes.dtype], codes, None, None, codes.shape[1], bias, None)
+        return Part((w.name,), FLOAT_KINDS[codes.dtype], (codes,), None, None, codes.shape[1], bias, None)
     columns = codes.shape[1]
     group: int = columns
     if weight.granularity in ("group", "block"):
@@ -107,7 +116,7 @@ def _part(w: LinearWeightLike) -> Part:
     kind = CODE_KINDS[weight.format]
     if weight.format == "int8" and w.activations == "int8" and scale.shape[1] == 1 and zero is None:
         kind = INT8_DOT
-    return Part((w.name,), kind, codes, scale, zero, group, bias, w.activations)
+    return Part((w.name,), kind, (codes,), scale, zero, group, bias, w.activations)
 
 
 def per_group(values: Array, granularity: str, rows: int) -> Array:
@@ -126,7 +135,7 @@ def _concatenate(a: Part, b: Part) -> Part:
     return replace(
         a,
         names=a.names + b.names,
-        codes=np.concatenate([a.codes, b.codes]),
+        codes=a.codes + b.codes,
         scale=None if a.scale is None or b.scale is None else np.concatenate([a.scale, b.scale]),
         zero=None if a.zero is None or b.zero is None else np.concatenate([a.zero, b.zero]),
         bias=bias,

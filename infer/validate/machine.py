@@ -12,7 +12,7 @@ import numpy as np
 
 from quantbench import __version__
 from quantbench.errors import DependencyError
-from quantbench.infer.ops.cpu import CpuOps
+from quantbench.infer.ops.cpu import CpuOps, load_kernels
 
 
 def describe_machine(threads: int | None = None) -> dict[str, Any]:
@@ -33,12 +33,15 @@ def describe_machine(threads: int | None = None) -> dict[str, Any]:
 
 
 def chosen_isa() -> str:
-    """Instruction set the native kernels run with; "none" where they are not built or QUANTBENCH_ISA asks for one
-    that this processor lacks (loading an engine then says so)."""
+    """Instruction set the native kernels run with; "none" where they are not built.
+
+    Raises DependencyError where QUANTBENCH_ISA asks for one that this processor lacks.
+    """
     try:
-        return CpuOps().isa
+        load_kernels()
     except DependencyError:
         return "none"
+    return CpuOps().isa
 
 
 def usable_cores() -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quantbench.errors import DependencyError, RequestError
+from quantbench.infer.checkpoint.source import LinearWeight
 from quantbench.infer.ops import load_ops
 from quantbench.infer.ops.cpu import CpuOps, available_isas, load_kernels, set_threads
 
@@ -35,6 +38,16 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuOps()
     with pytest.raises(ValueError, match="'sse9' is not one this processor has: generic"):
         load_kernels().isa()
+
+
+def test_packed_weights_are_in_memory_once() -> None:
+    """What a weight was packed from, here as in a mapped file, is let go of."""
+    w = np.zeros((64, 32), np.float32)
+    packed = CpuOps().pack([LinearWeight("a", w, None), LinearWeight("b", w[:7], None)])
+    gone = weakref.ref(w)
+    del w
+    assert gone() is None
+    assert packed.nbytes < 96 * 32 * 4 + 256
 
 
 def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,18 @@ def test_fused_groups_equal_their_members(ops: CpuOps, reference: ReferenceOps, 
     assert_close(got, reference.linear(a, reference.pack(group)), a, 96)
 
 
+@pytest.mark.parametrize("case", [QUANTIZED[0], QUANTIZED[6]], ids=lambda case: f"{case[0]}-{case[1]}")
+def test_weights_below_each_other_are_packed_from_where_they_lie(ops: CpuOps, case: Any) -> None:
+    """Weights of one kind end inside a panel of 32 channels, and int4 pairs channels of two of them in one byte."""
+    rng = np.random.default_rng(2)
+    group = [quantized_weight(rng, n, 128, case) for n in (37, 5, 19, 40)]
+    a = Activation(rng.standard_normal((3, 128)).astype(np.float32))
+    packed = ops.pack([w for w in group])
+    assert len(packed.parts) == 1
+    apart = [ops.linear(a, ops.pack(w)) for w in group]
+    assert np.array_equal(ops.linear(a, packed), np.concatenate(apart, axis=1))
+
+
 def test_packing_reports_every_problem(ops: CpuOps) -> None:
     odd = LinearWeight("a", np.zeros((2, 4), np.float64), None)
     bad = LinearWeight(

@@ -1,6 +1,18 @@
 import os
+import subprocess
+import sys
 
-from quantbench.infer.validate.machine import cpu_model, describe_machine, memory_bytes, usable_cores, waited_s
+import pytest
+
+from quantbench.errors import DependencyError
+from quantbench.infer.validate.machine import (
+    chosen_isa,
+    cpu_model,
+    describe_machine,
+    memory_bytes,
+    usable_cores,
+    waited_s,
+)
 
 
 def test_the_description_holds_what_a_figure_needs():
@@ -11,6 +23,17 @@ def test_the_description_holds_what_a_figure_needs():
     assert machine["isa"] in ("none", "generic", "avx2", "avx512vnni")
     assert {"cpu", "os", "python", "numpy", "quantbench", "date"} <= machine.keys()
     assert all(machine.values())
+
+
+def test_an_unknown_instruction_set_is_one_error(monkeypatch):
+    monkeypatch.setenv("QUANTBENCH_ISA", "nonsense")
+    with pytest.raises(DependencyError, match=r"^instruction set 'nonsense' \(QUANTBENCH_ISA\) .* It has: generic"):
+        chosen_isa()
+    command = [sys.executable, "-m", "quantbench", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "instruction set 'nonsense'" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_cpu_and_memory_are_read_from_the_kernels_files(tmp_path):
