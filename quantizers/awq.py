@@ -3,12 +3,12 @@
 y = x W^T = (x / s)(W s)^T, as in SmoothQuant, but s is searched for the weights' sake: s = a^alpha, a[k] the magnitude
 of input channel k, for `steps` values of alpha from 0 on, and once more divided by m^(1 - alpha), m[k] the mean of |W|
 over the outputs relative to each output's largest (the weight normalisation of the authors' code). The candidate with
-the least error of the outputs of *all* linears that read the input wins; alpha 0 without m is s = 1, so the
-result is never worse than round-to-nearest. The error is taken through the Hessian (output_loss.py), so no
-activation is kept.
+the least error of the outputs of *all* linears that read the input wins; alpha 0 without m is s = 1, so the result is
+never worse than round-to-nearest. The error is taken through the Hessian (output_loss.py), so no activation is kept.
 
 Cost: 2 steps round trips and products, each 2 N K^2 operations in float32, over all N outputs that share the input;
-`rows` bounds N. Use it for 4-bit weights with float inputs, before or instead of GPTQ; per-channel int8 gains little.
+`rows` bounds the N of each linear. Use it for 4-bit weights with float inputs, before or instead of GPTQ; int8 per
+channel gains little. Where the factors are folded into a norm, smooth.storable_factors makes them exact there.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Reader:
 class AwqGrid:
     """What is tried. steps: alpha = 0, 1/steps, ... below 1. balance: also with the weight normalisation.
 
-    rows: outputs of each reader that are looked at, evenly spaced (0: all). tie: maps factors [K] to the nearest that
-    can be folded, e.g. equal for all query heads that share a KV head.
+    rows: about so many outputs of each reader are looked at, evenly spaced (0: all). tie: maps factors [K] to the
+    nearest that can be folded, e.g. equal for all query heads that share a KV head.
     """
 
     steps: int = 20
     balance: bool = True
-    rows: int = 0
+    rows: int = 512
     tie: Callable[[F32], F32] | None = None
 
 
