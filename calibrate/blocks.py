@@ -31,6 +31,7 @@ from quantbench.infer.checkpoint.write import CheckpointWriter
 from quantbench.infer.models import LINEARS, block_prefix
 from quantbench.quantizers.methods import METHODS
 from quantbench.scales import statistics as stats
+from quantbench.scales.seed import write_seed_tables
 from quantbench.scales.table import ScaleTable
 from quantbench.vocabulary import VariantPlan
 
@@ -181,7 +182,10 @@ def finish_checkpoints(job: BlockJob, tick: Tick) -> None:
     for variant in job.variants.values():
         if not checkpoint_path(job.folder, variant.name).exists():
             table = ScaleTable.merge(*block_tables(job, variant), head_table(job, variant))
-            table.save(job.folder / "scales" / variant.name)
+            folder = job.folder / "scales" / variant.name
+            table.save(folder)
+            config = job.source.config
+            write_seed_tables(folder, table, config.family, config.num_heads // config.num_kv_heads)
             writer_of(job, variant).finish(table)
         tick(variant.name)
     shutil.rmtree(job.folder / "work" / "hidden", ignore_errors=True)
