@@ -18,8 +18,9 @@ from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
 from quantbench.infer.models.family import Linear
 from quantbench.quantizers.activation import quantize_activation
 from quantbench.quantizers.formats import FORMATS
-from quantbench.quantizers.smooth import smooth_factors, storable_factors, tie_heads
-from quantbench.quantizers.smooth_search import Found, Pair, search_alpha
+from quantbench.quantizers.piecewise import Channels, PieceGrid, search_pieces
+from quantbench.quantizers.smooth import storable_factors, tie_heads
+from quantbench.quantizers.smooth_search import Pair, search_alpha
 from quantbench.quantizers.weight import dequantize_weight, quantize_weight
 from quantbench.quantizers.weight_range import weight_entry
 from quantbench.registry import Registry
@@ -91,14 +92,14 @@ class _Target:
     def source(self) -> str:
         return self.lines[0].source
 
-    def factors_at(self, alpha: float) -> F32:
-        """SmoothQuant's factors as the source can carry them: tied over query heads, exact in a stored norm."""
+    def channels(self) -> Channels:
+        """What is divided, as the source carries it: tied over query heads, exact in a stored norm."""
         config = self.block.config
         act = self.seen.channel_absmax
         columns = np.max([np.abs(self.weights[f"{line.name}.weight"]).max(axis=0) for line in self.lines], axis=0)
         if self.source == "self_attn.v_proj":
             act, columns = (tie_heads(a, config.num_kv_heads, config.head_dim) for a in (act, columns))
-        return self.storable(smooth_factors(act, columns, alpha))
+        return Channels(act, columns, self.storable, self.expanded)
 
     def storable(self, factors: F32) -> F32:
         source = self.weights[f"{self.source}.weight"]
@@ -164,42 +165,64 @@ def smooth(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> list[
 
     options: alpha (0.5; "search": quantizers/smooth_search.py), targets (default attn_in, mlp_in, down_in).
     """
-    targets = options.get("targets", DEFAULT_TARGETS)
-    problems = [unknown("smooth target", str(t), SMOOTH_TARGETS) for t in targets if t not in SMOOTH_TARGETS]
-    problems += [
-        unknown("smooth option", str(k), ("alpha", "targets")) for k in options if k not in ("alpha", "targets")
-    ]
-    if problems:
-        raise RecipeError(*problems)
+    _require(options, "smooth", ("alpha", "targets"))
     decided = ScaleTable.merge(table)
-    for tap in _targets(block, targets):
+    for tap in _targets(block, options.get("targets", DEFAULT_TARGETS)):
         decided.add(_smooth_entry(_Target.of(block, tap, decided), options.get("alpha", 0.5)))
     return [entry for entry in decided if entry.name not in table]
 
 
 def _smooth_entry(target: _Target, alpha: float | str) -> Entry:
-    behind = ", ".join(line.name.split(".")[-1] for line in target.lines)
+    channels, behind = target.channels(), _behind(target)
     if alpha != "search":
         why = f"SmoothQuant alpha {float(alpha):g} between the input and the weights of {behind}"
-        return _entry(target, target.factors_at(float(alpha)), "smooth", why)
-    found = search_alpha(target.pair(), lambda a: target.expanded(target.factors_at(a)))
+        return _entry(target, channels, channels.factors(float(alpha)), why)
+    found = search_alpha(target.pair(), lambda a: channels.spread(channels.factors(a)))
     if found.alpha is None:
-        ones = np.ones(target.weights[f"{target.source}.weight"].shape[0], np.float32)
-        return _entry(target, ones, "smooth", f"no alpha lowers the output error of {behind} ({found.plain:.3g})")
-    return _entry(target, target.factors_at(found.alpha), "smooth", _told(found, behind))
+        why = f"no alpha lowers the output error of {behind} ({found.plain:.3g})"
+        return _entry(target, channels, np.ones_like(channels.act), why)
+    why = f"SmoothQuant alpha {found.alpha:g}, searched: {_errors(found.loss, found.plain, behind)}"
+    return _entry(target, channels, channels.factors(found.alpha), why)
 
 
-def _told(found: Found, behind: str) -> str:
-    return (
-        f"SmoothQuant alpha {found.alpha:g}, searched: relative output error of {behind} {found.loss:.3g}, "
-        f"{found.plain:.3g} without"
-    )
+@TRANSFORMS.register("piecewise")
+def piecewise(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> list[Entry]:
+    """Factors searched for clusters of channels: quantizers/piecewise.py.
+
+    options: pieces (3), alpha ([0.2, 0.8]), scale ([1, 5]), targets (default attn_in, mlp_in, down_in).
+    """
+    _require(options, "piecewise", ("pieces", "alpha", "scale", "targets"))
+    low, high = options.get("alpha", (0.2, 0.8))
+    least, most = options.get("scale", (1.0, 5.0))
+    grid = PieceGrid(int(options.get("pieces", 3)), (low, high), (least, most))
+    decided = ScaleTable.merge(table)
+    for tap in _targets(block, options.get("targets", DEFAULT_TARGETS)):
+        target = _Target.of(block, tap, decided)
+        channels = target.channels()
+        found = search_pieces(target.pair(), channels, grid)
+        why = f"piecewise ({'; '.join(found.words)}): {_errors(found.loss, found.plain, _behind(target))}"
+        decided.add(_entry(target, channels, found.factors, why))
+    return [entry for entry in decided if entry.name not in table]
 
 
-def _entry(target: _Target, factors: F32, observer: str, reason: str) -> Entry:
-    act = target.seen.channel_absmax
-    if target.source == "self_attn.v_proj":
-        act = tie_heads(act, target.block.config.num_kv_heads, target.block.config.head_dim)
+def _require(options: Mapping[str, Any], name: str, known: Collection[str]) -> None:
+    """Raises RecipeError listing every option and target that `name` does not know."""
+    targets = options.get("targets", DEFAULT_TARGETS)
+    problems = [unknown(f"{name} target", str(t), SMOOTH_TARGETS) for t in targets if t not in SMOOTH_TARGETS]
+    problems += [unknown(f"{name} option", str(k), known) for k in options if k not in known]
+    if problems:
+        raise RecipeError(*problems)
+
+
+def _behind(target: _Target) -> str:
+    return ", ".join(line.name.split(".")[-1] for line in target.lines)
+
+
+def _errors(loss: float, plain: float, behind: str) -> str:
+    return f"relative output error of {behind} {loss:.3g}, {plain:.3g} without"
+
+
+def _entry(target: _Target, channels: Channels, factors: F32, reason: str) -> Entry:
     return Entry(
         name=f"{target.block.prefix}.{target.source}.smooth",
         kind="transform",
@@ -207,9 +230,9 @@ def _entry(target: _Target, factors: F32, observer: str, reason: str) -> Entry:
         granularity="channel",
         scale=factors,
         zero=None,
-        absmax=act,
+        absmax=channels.act,
         group_size=None,
-        observer=observer,
+        observer="smooth",
         reason=reason,
         loss=None,
     )

@@ -27,13 +27,14 @@ from quantbench.recipes.sections import (
     Throughput,
     Weights,
 )
-from quantbench.recipes.transforms import Gptq, Method, Smooth, Transform
+from quantbench.recipes.transforms import Gptq, Method, Piecewise, Smooth, Transform
 from quantbench.recipes.values import Shown, Words
 from quantbench.vocabulary import DEFAULT_GRANULARITY, GRANULARITIES, MODES
 
 _SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("modes", Variant), ("calibration", Calibration), ("weights", Weights), ("activations", Activations),
-    ("cache_kv", CacheKV), ("transforms", Transform), ("transforms: smooth", Smooth), ("method", Method),
+    ("cache_kv", CacheKV), ("transforms", Transform), ("transforms: smooth", Smooth),
+    ("transforms: piecewise", Piecewise), ("method", Method),
     ("method: gptq", Gptq), ("rules", Rule),
     ("accuracy", Accuracy), ("accuracy: perplexity", Perplexity), ("accuracy: divergence", Divergence),
     ("accuracy: choices", Choices), ("throughput", Throughput), ("parity", Parity), ("gates", Gates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -42,16 +43,54 @@ class Smooth(Section):
     )
 
 
+def _ends(least: float, most: float) -> Callable[[Any], Any]:
+    """A check of [low, high] within the bounds."""
+
+    def check(value: Any) -> Any:
+        ends = list(value) if isinstance(value, (list, tuple)) else []
+        numbers = [e for e in ends if isinstance(e, (int, float)) and not isinstance(e, bool)]
+        if len(ends) != 2 or len(numbers) != 2 or not least <= numbers[0] <= numbers[1] <= most:
+            raise ValueError(f"expected [low, high] between {least:g} and {most:g}, got {value!r}")
+        return tuple(float(e) for e in numbers)
+
+    return check
+
+
+class Piecewise(Section):
+    """Piecewise search (PaddleNLP: adaptive smoothing): channels of like size get an alpha and scale of their own."""
+
+    pieces: int = Field(default=3, ge=1, le=16, description="Clusters of channels by their largest value.")
+    alpha: Annotated[Rows[float], BeforeValidator(_ends(0, 1)), Shown("[low, high] within 0 and 1")] = Field(
+        default=(0.2, 0.8), description="Between which alphas every piece is searched."
+    )
+    scale: Annotated[Rows[float], BeforeValidator(_ends(0.1, 100)), Shown("[low, high] within 0.1 and 100")] = Field(
+        default=(1.0, 5.0), description="Between which multiples of SmoothQuant's factors every piece is searched."
+    )
+    targets: Rows[Target] = Field(
+        default=DEFAULT_TARGETS, min_length=1, description="Inputs that are smoothed, where they are quantized."
+    )
+
+
 class Transform(Section):
     """One change of the float model before it is quantized. Exactly one key."""
 
     key_kind: ClassVar[str] = "transform"
     smooth: Smooth | None = Field(default=None, description="SmoothQuant, alpha fixed or searched.")
+    piecewise: Piecewise | None = Field(default=None, description="Smoothing searched for clusters of channels.")
 
     @model_validator(mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
         return _one_key(cls, value, "one transform per list item, for example `- {smooth: {alpha: 0.5}}`")
+
+    @property
+    def name(self) -> str:
+        return _name(self)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The taps whose channels it scales."""
+        return tuple(getattr(self, self.name).targets)
 
 
 class Rtn(Section):
@@ -87,12 +126,17 @@ class Method(Section):
 
     @property
     def name(self) -> str:
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return _name(self)
 
     @property
     def options(self) -> tuple[tuple[str, Any], ...]:
         """The settings as LayerPlan holds them."""
         return tuple(getattr(self, self.name).model_dump().items())
+
+
+def _name(section: Section) -> str:
+    """The one key that is written."""
+    return next(name for name in type(section).model_fields if getattr(section, name) is not None)
 
 
 def _one_key(section: type[Section], value: Any, wanted: str) -> Any:

@@ -268,3 +268,16 @@ def test_a_search_needs_rows() -> None:
         CalibrationError, match=r"a search tries its candidates on rows of attn_in, and there is no model"
     ):
         choose(variant("a8w8", SEARCH))
+
+
+def test_pieces_are_told_and_leave_the_float_block_unchanged() -> None:
+    plan = variant("a8w8", {"piecewise": {"pieces": 2, "targets": list(SMOOTH_TARGETS)}})
+    table = choose(plan, sample=rows)
+    entries = [e for e in table if e.kind == "transform"]
+    assert len(entries) == len(SMOOTH_TARGETS)
+    assert all("channels: " in e.reason and "relative output error of" in e.reason for e in entries)
+    w = weights()
+    plain, folded = forward(hidden(5), w)[0], forward(hidden(5), fold_block(LAYER, w, table, CONFIG))[0]
+    assert np.abs(folded - plain).max() <= 1e-4 * np.abs(plain).max()
+    with pytest.raises(RecipeError, match="unknown piecewise option 'k_piece'"):
+        choose(variant("a8w8", {"piecewise": {"k_piece": 3}}), sample=rows)

@@ -119,9 +119,9 @@ CASES = {
     ),
     "calibration: {seed: true}": "recipe:2: calibration.seed: expected a whole number, got true",
     "transforms: [{smoth: {}}]": (
-        "recipe:2: transforms[0].smoth: unknown transform 'smoth'. Did you mean smooth? Known: smooth"
+        "recipe:2: transforms[0].smoth: unknown transform 'smoth'. Did you mean smooth? Known: piecewise, smooth"
     ),
-    "transforms: [shift]": "recipe:2: transforms[0]: unknown transform 'shift'. Known: smooth",
+    "transforms: [shift]": "recipe:2: transforms[0]: unknown transform 'shift'. Known: piecewise, smooth",
     "transforms: [{smooth: {}, awq: {}}]": "recipe:2: transforms[0]: one transform per list item, for example ",
     "transforms: [{smooth: {alpha: 1.5}}]": (
         "recipe:2: transforms[0].smooth.alpha: 1.5 is not between 0 (leave activations alone) and 1 (move all of it)"
@@ -134,6 +134,12 @@ CASES = {
         "recipe:2: transforms[0].smooth.targets[0]: unknown smooth target 'qkv'. Known: attn_in, down_in, mlp_in, o_in"
     ),
     "transforms: [{smooth: {targets: []}}]": "recipe:2: transforms[0].smooth.targets: must not be empty",
+    "transforms: [{piecewise: {alpha: [0.8, 0.2]}}]": (
+        "recipe:2: transforms[0].piecewise.alpha: expected [low, high] between 0 and 1, got [0.8, 0.2]"
+    ),
+    "transforms: [{piecewise: {scale: 3}}]": (
+        "recipe:2: transforms[0].piecewise.scale: expected [low, high] between 0.1 and 100, got 3"
+    ),
     "transforms: smooth": "recipe:2: transforms: expected a list, got 'smooth'",
     "method: {gptq: {group: 64}}": "recipe:2: method.gptq.group: unknown key 'group'. Known: act_order, damping",
     "method: {gptq: {damping: -1}}": (
