@@ -25,8 +25,9 @@ from quantbench.calibrate.observe import observe
 from quantbench.calibrate.paddleslim import LiveObserver, live_observer
 from quantbench.errors import CalibrationError
 from quantbench.infer.models import CACHE_TAPS, block_prefix
-from quantbench.scales.statistics import Statistics, merge
+from quantbench.scales.statistics import Statistics, _outer, merge
 
+_GIANT = 4.0
 BATCH_TOKENS = 4096  # tokens per calibration batch unless told otherwise: 8 samples of 512
 Observe = Callable[[Float, int, bool], Statistics]
 
@@ -35,7 +36,7 @@ Observe = Callable[[Float, int, bool], Statistics]
 class Collect:
     """What to record. Taps outside `taps` cost nothing.
 
-    hessian: taps whose sum of x xᵀ is wanted (k and v never).
+    hessian: taps whose sum of x xᵀ is wanted (k and v never); of rows that are `tempered`.
     observers: live observers by name ("paddleslim:hist"), driven batch by batch on every tap.
     factors: tap -> f32[C]; statistics are of x * factor, to observe again behind a transform not folded yet.
     batch: samples per calibration batch (one row of `batch_absmax`); None: as many as make 4,096 tokens.
@@ -67,13 +68,29 @@ class _Batch:
         if tap in options.factors:
             flat = flat * options.factors[tap]
         try:
-            self.seen[tap] = observe(flat, self._block.rows(tap), tap in options.hessian)
+            self.seen[tap] = observe(flat, self._block.rows(tap))
+            if tap in options.hessian:
+                rows = tempered(flat)
+                self.seen[tap].hessian = _outer(rows, np.abs(rows).max(axis=0))
         except CalibrationError as error:
             raise CalibrationError(
                 *(f"{block_prefix(self._block.layer)} {tap}: {p}" for p in error.problems)
             ) from error
         if options.observers:
             self.kept[tap] = flat.copy()
+
+
+def tempered(x: Float) -> Float:
+    """x [T, C] with rows of more than 4 times the median norm scaled down to that: the Hessian's rows.
+
+    An attention sink's down_proj input is a thousand times the others'. In a plain sum of x xT it alone would decide
+    (its square error, and through the mean diagonal the damping), at the cost of every other token.
+    """
+    norms = np.sqrt(np.square(x, dtype=np.float64).sum(axis=1))
+    limit = _GIANT * float(np.median(norms))
+    if limit == 0 or norms.max() <= limit:
+        return x
+    return np.asarray(x * np.minimum(1, limit / np.maximum(norms, limit))[:, None], np.float32)
 
 
 @dataclass

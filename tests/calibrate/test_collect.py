@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantbench.calibrate.collect import Collect, advance_block, collect_block
+from quantbench.calibrate.collect import Collect, advance_block, collect_block, tempered
 from quantbench.calibrate.forward import ALL_TAPS
 from quantbench.calibrate.hidden import HiddenStates
 from quantbench.errors import CalibrationError
@@ -197,3 +197,16 @@ def test_observing_a_batch_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     for tap, x in taps.items():
         expected = observe(x.reshape(len(x), -1), 2 if tap in ("k", "v") else 1, tap == "attn_in")
         assert_same(seen[tap], expected)
+
+
+def test_one_giant_token_does_not_decide_the_hessian() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 16)).astype(np.float32)
+    assert tempered(x) is x
+    assert not tempered(np.zeros((3, 4), np.float32)).any()
+    x[7] *= 1e4
+    norms = np.linalg.norm(tempered(x), axis=1)
+    assert norms.max() == pytest.approx(4 * np.median(np.linalg.norm(x, axis=1)), rel=1e-5)
+    others = np.arange(200) != 7
+    assert np.array_equal(tempered(x)[others], x[others])
+    assert tempered(x)[7] / norms[7] == pytest.approx(x[7] / np.linalg.norm(x[7]), rel=1e-5)
