@@ -6,6 +6,7 @@ of the plan's forecast, its losses come from `calibrate.sensitivity` or `calibra
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,14 +187,14 @@ def mixed_recipe(mixture: Mixture, selection: Selection, comment: str) -> str:
         "rules": rules,
     }
     header = "".join(f"# {line}\n" for line in comment.splitlines())
-    return header + yaml.dump(words, Dumper=Dumper, sort_keys=False)
+    return header + yaml.dump(json.loads(json.dumps(words)), Dumper=Dumper, sort_keys=False)  # copies, no YAML aliases
 
 
 def mixed_rules(mixture: Mixture, selection: Selection) -> list[Words]:
     """Rules that give every group what was selected: the exceptions, by kind and block, then what most blocks have."""
     words = {n: _words(mixture.run.recipe, selection.labels[g.name], n) for g in mixture.groups for n in g.linears}
     head = words.pop(HEAD)
-    common = Counter(map(repr, words.values())).most_common(1)[0][0]
+    common = Counter(repr(words[g.linears[0]]) for g in mixture.groups if g.layer is not None).most_common(1)[0][0]
     blocks: dict[tuple[str, str], list[int]] = {}  # glob of the linears, their words -> blocks
     for group in mixture.groups:
         if group.layer is not None:

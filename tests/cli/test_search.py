@@ -1,0 +1,278 @@
+"""sensitivity and search on a tiny run: what they print, what they refuse, and that the recipe keeps its promise."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Command
+
+from quantbench.calibrate.budget import choose, front
+from quantbench.cli.search import budget_of, listed, thinned
+from quantbench.errors import QuantbenchError, RecipeError, RequestError
+from quantbench.losses import FILE, Measurement, estimated_losses, measured_losses
+from quantbench.mixture import Mixture, mixed_recipe, mixed_rules, open_mixture, open_run, quantized_variants
+from quantbench.pipeline import Options, load
+from quantbench.recipes.facts import Shape
+from quantbench.reports.progress import PlainProgress
+from quantbench.vocabulary import LayerPlan
+
+WEIGHT_ONLY = ["weight_only_int4", "weight_only_int8", "bf16"]
+SHORT = Measurement(tokens=64)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run in a folder of its own, to leave sensitivity.json in: elsewhere than its recipe says."""
+    folder = tmp_path_factory.mktemp("search") / "run"
+    shutil.copytree(tiny_run, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(run: Path) -> Mixture:
+    return open_mixture(run, WEIGHT_ONLY)
+
+
+@pytest.fixture(scope="module")
+def losses(run: Path, mixture: Mixture, quiet: PlainProgress) -> dict[str, dict[str, float]]:
+    return measured_losses(run, mixture.run, quantized_variants(mixture.run, WEIGHT_ONLY), SHORT, quiet)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> PlainProgress:
+    return PlainProgress(io.StringIO())
+
+
+def planned(text: str, folder: Path) -> tuple[int, dict[str, LayerPlan]]:
+    """Bytes and plan of a written recipe, as `quantbench calibrate` would plan it."""
+    path = folder / "mixed.yaml"
+    path.write_text(text)
+    plan = load(str(path), Options()).plan
+    return plan.forecast.checkpoint_bytes["mixed"], plan.variants["mixed"].layers
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.33, 0.5, 0.77, 1.0])
+def test_the_written_recipe_plans_what_was_promised(
+    mixture: Mixture, losses: dict[str, dict[str, float]], tmp_path: Path, share: float
+) -> None:
+    options = mixture.options(losses)
+    smallest, largest = front(options)[0].bytes, front(options)[-1].bytes
+    budget = int(smallest + share * (largest - smallest))
+    chosen = choose(options, budget)
+    size, layers = planned(mixed_recipe(mixture, chosen, "why"), tmp_path)
+    assert size == chosen.bytes + mixture.fixed_bytes <= budget + mixture.fixed_bytes
+    for group in mixture.groups:
+        for name in group.linears:
+            wanted = mixture.plan(chosen.labels[group.name], name)
+            assert vars(layers[name]) | {"rule": ""} == vars(wanted) | {"rule": ""}
+
+
+def test_the_recipe_is_plain_and_says_where_it_comes_from(
+    mixture: Mixture, losses: dict[str, dict[str, float]]
+) -> None:
+    options = mixture.options(losses)
+    text = mixed_recipe(mixture, choose(options, front(options)[4].bytes), "first line\nsecond line")
+    assert text.startswith("# first line\n# second line\nmodel: ")
+    words = yaml.safe_load(text)
+    assert [m["name"] for m in words["modes"]] == ["mixed"]
+    assert not {"lock", "gates", "output"} & set(words)
+    assert words["rules"][-1]["match"] == "model.layers.*"
+    assert len({r["match"] for r in words["rules"]}) == len(words["rules"])
+
+
+def test_blocks_of_one_kind_share_a_rule(mixture: Mixture) -> None:
+    """q/k/v and gate/up are one glob each; all blocks are a star, some a character class."""
+    labels = {g.name: "weight_only_int8" for g in mixture.groups}
+    labels |= {f"model.layers.{i}.qkv": "weight_only_int4" for i in range(3)}
+    labels |= {f"model.layers.{i}.down": "bf16" for i in (0, 2)} | {"model.layers.1.gate_up": "bf16"}
+    chosen = front(mixture.options({}))[0]
+    rules = mixed_rules(mixture, type(chosen)(0, 0.0, labels))
+    assert [(r["match"], r["mode"]) for r in rules] == [
+        ("model.layers.*.self_attn.[qkv]_proj", "weight_only_int4"),
+        ("model.layers.[02].mlp.down_proj", "float"),
+        ("model.layers.1.mlp.[gu]*_proj", "float"),
+        ("model.layers.*", "weight_only_int8"),
+    ]
+
+
+def test_settings_of_a_variant_travel_into_its_rules(run: Path, tmp_path: Path) -> None:
+    """A variant with inputs of its own beside one without: rules repeat what the variant wrote."""
+    mixture = open_mixture(run, ["a8w8-dynamic", "weight_only_int8", "a8w8"])
+    names = ["weight_only_int8", "a8w8-dynamic", "a8w8"]
+    labels = {g.name: names[(i + i // 4) % 3] for i, g in enumerate(mixture.groups)} | {"lm_head": "a8w8"}
+    chosen = front(mixture.options({}))[0]
+    text = mixed_recipe(mixture, type(chosen)(0, 0.0, labels), "why")
+    assert text.count("dynamic: true") > 1
+    assert "&id" not in text  # plain words, no YAML aliases
+    layers = planned(text, tmp_path)[1]
+    for group in mixture.groups:
+        for name in group.linears:
+            wanted = mixture.plan(labels[group.name], name)
+            assert vars(layers[name]) | {"rule": ""} == vars(wanted) | {"rule": ""}
+
+
+def test_sizes_of_uniform_choices_are_those_of_the_run(mixture: Mixture) -> None:
+    sizes = mixture.run.plan.forecast.checkpoint_bytes
+    for name in WEIGHT_ONLY:
+        assert mixture.fixed_bytes + sum(mixture.bytes_of(name, g) for g in mixture.groups) == sizes[name]
+    assert mixture.whole_bytes == sizes["bf16"]
+    shapes: dict[str, Shape] = mixture.shapes
+    assert shapes["lm_head"] == (512, 64)
+
+
+def test_what_was_measured_is_kept_until_tokens_or_checkpoint_change(
+    run: Path, mixture: Mixture, losses: dict[str, dict[str, float]], quiet: PlainProgress
+) -> None:
+    kept = json.loads((run / FILE).read_text())
+    assert set(kept["variants"]) == {"weight_only_int4", "weight_only_int8"}
+    kept["variants"]["weight_only_int4"]["kl"]["model.layers.0.qkv"] = 77.0
+    kept["variants"]["weight_only_int8"]["checkpoint_sha256"] = "another"
+    (run / FILE).write_text(json.dumps(kept))
+    again = measured_losses(run, mixture.run, losses, SHORT, quiet)
+    assert again["weight_only_int4"]["model.layers.0.qkv"] == 77.0
+    assert again["weight_only_int8"] == losses["weight_only_int8"]
+    longer = measured_losses(run, mixture.run, ["weight_only_int4"], Measurement(tokens=65), quiet)
+    assert longer["weight_only_int4"]["model.layers.0.qkv"] < 1
+    (run / FILE).unlink()
+
+
+def test_estimates_cover_the_groups_that_measuring_covers(
+    run: Path, mixture: Mixture, losses: dict[str, dict[str, float]], quiet: PlainProgress
+) -> None:
+    found = estimated_losses(run, mixture.run, losses, quiet)
+    assert {name: set(of) for name, of in found.items()} == {name: set(of) for name, of in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["weight_only_int9"], "unknown variant 'weight_only_int9'. Did you mean weight_only_int8?"),
+        (["bf16"], "no quantized linears in bf16: nothing to rank"),
+        (["a8w8", "a8w8c8"], "a8w8c8: its KV cache is quantized, which is not chosen per layer"),
+        (["a8w8"], "nothing to choose among: a8w8. Name two variants of the run or more with --modes"),
+    ],
+)
+def test_variants_that_cannot_be_mixed_are_refused(run: Path, names: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        open_mixture(run, names)
+    assert any(message in p for p in raised.value.problems)
+
+
+def edited(run: Path, folder: Path, changes: dict[str, object]) -> Path:
+    """A run folder with only a lock, whose words are changed."""
+    words = yaml.safe_load((run / "recipe.lock.yaml").read_text()) | changes
+    del words["lock"]
+    folder.mkdir()
+    (folder / "recipe.lock.yaml").write_text(yaml.safe_dump(words))
+    return folder
+
+
+def test_transforms_and_float_dtypes_that_differ_are_refused_together(run: Path, tmp_path: Path) -> None:
+    modes = ["bf16", "fp16", "weight_only_int4", {"mode": "a8w8", "transforms": []}]
+    folder = edited(run, tmp_path / "run", {"modes": modes, "gates": {}})
+    with pytest.raises(RecipeError) as raised:
+        open_mixture(folder, ["bf16", "fp16", "weight_only_int4", "a8w8"])
+    assert raised.value.problems == (
+        "bf16, fp16, weight_only_int4, a8w8: their transforms differ, and one checkpoint has one list. "
+        "Calibrate them with one",
+        "bfloat16, float16: a checkpoint has one float dtype. Name one float variant",
+    )
+
+
+def test_rules_of_the_run_stay_and_a_quantized_head_is_a_group(run: Path, tmp_path: Path) -> None:
+    """Layers that a rule of the run decided in every variant are decided so again, whatever is chosen."""
+    rules = [
+        {"match": "lm_head", "mode": "weight_only_int8"},
+        {"match": "*.0.mlp.down_proj", "mode": "float"},
+        {"match": "*.1.*", "weights": {"observer": "mse"}},
+    ]
+    folder = edited(run, tmp_path / "run", {"rules": rules, "gates": {}})
+    mixture = open_mixture(folder, ["weight_only_int4", "weight_only_int8"])
+    labels = {g.name: ("weight_only_int4", "weight_only_int8")[i % 2] for i, g in enumerate(mixture.groups)}
+    chosen = front(mixture.options({}))[0]
+    picked = type(chosen)(sum(mixture.bytes_of(labels[g.name], g) for g in mixture.groups), 0.0, labels)
+    size, layers = planned(mixed_recipe(mixture, picked, "why"), tmp_path)
+    assert size == picked.bytes + mixture.fixed_bytes
+    assert layers["lm_head"].weights == "int8"
+    assert layers["model.layers.0.mlp.down_proj"].weights == "bfloat16"
+    assert layers["model.layers.1.mlp.up_proj"].weight_observer == "mse"
+
+
+def test_budgets_are_given_once_and_make_sense(mixture: Mixture) -> None:
+    assert budget_of(mixture, 5, None) == 5
+    assert budget_of(mixture, None, 0.5) == mixture.whole_bytes // 2
+    for given in ((None, None), (1, 0.5)):
+        with pytest.raises(RequestError, match="give the budget once"):
+            budget_of(mixture, *given)
+    with pytest.raises(RequestError, match=r"--budget-ratio 1\.5: a share of the float checkpoint above 0, at most 1"):
+        budget_of(mixture, None, 1.5)
+
+
+def test_too_few_tokens_and_no_run_are_refused(run: Path, mixture: Mixture, quiet: PlainProgress) -> None:
+    with pytest.raises(RequestError, match="--tokens 1: at least 2 tokens are needed"):
+        measured_losses(run, mixture.run, WEIGHT_ONLY[:1], Measurement(tokens=1), quiet)
+    with pytest.raises(QuantbenchError, match=r"checkpoint: no recipe\.lock\.yaml: give the folder of a run"):
+        open_run(run / "checkpoint")
+
+
+def test_lists_and_thinned_fronts() -> None:
+    assert listed(" a, b,,") == ["a", "b"]
+    assert listed(None) == []
+    points = [{"bytes": i} for i in range(40)]
+    assert len(thinned(points)) == 12
+    assert thinned(points)[0] is points[0]
+    assert thinned(points)[-1] is points[-1]
+    assert thinned(points[:1]) == points[:1]
+
+
+def test_sensitivity_prints_a_ranking(quantbench: Command, run: Path) -> None:
+    done = quantbench("sensitivity", run, "--modes", "weight_only_int4,a8w8", "--measure", "--tokens", 64, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["loss"] == "kl"
+    for variant in ("weight_only_int4", "a8w8"):
+        rows = [r for r in found["groups"] if r["variant"] == variant]
+        assert [r["rank"] for r in rows] == list(range(1, 13))
+        assert [r["loss"] for r in rows] == sorted((r["loss"] for r in rows), reverse=True)
+        assert all(r["bytes_saved"] > 0 for r in rows)
+    shown = quantbench("sensitivity", run, "--modes", "weight_only_int4", "--top", 3)
+    assert "an estimate: relative squared error" in shown.stdout
+    assert len(shown.stdout.strip().splitlines()) == 2 + 3
+
+
+def test_search_writes_a_recipe_that_calibrate_runs(quantbench: Command, run: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    asked = ["search", run, "--modes", ",".join(WEIGHT_ONLY), "--tokens", 64, "-o", recipe]
+    done = quantbench(*asked, "--budget-ratio", 0.55, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chosen"]["bytes"] <= found["budget"]
+    losses = [point["loss"] for point in found["front"]]
+    assert losses == sorted(losses, reverse=True)
+    off = [f"--set={stage}=off" for stage in ("parity", "throughput", "accuracy.divergence")]
+    done = quantbench("calibrate", recipe, *off, f"--set=output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    planned = json.loads((tmp_path / "out" / "plan.json").read_text())["forecast"]["checkpoint_bytes"]["mixed"]
+    assert planned == found["chosen"]["bytes"]
+    again = quantbench(*asked, "--budget-ratio", 0.55)
+    assert again.returncode == 2
+    assert f"{recipe} exists already: --overwrite replaces it" in again.stderr
+    shown = quantbench(*asked, "--budget-ratio", 0.55, "--overwrite", "--estimate")
+    assert shown.returncode == 0, shown.stderr
+    assert "* marks the choice" in shown.stdout
+    assert "summed estimate" in recipe.read_text()
+
+
+def test_an_impossible_budget_is_one_clear_line(quantbench: Command, run: Path, tmp_path: Path) -> None:
+    asked = ["search", run, "--budget-bytes", 1000, "--estimate", "-o", tmp_path / "no.yaml"]
+    done = quantbench(*asked)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "the budget of 1,000 bytes cannot be met: the smallest choice takes" in errors[0]
+    assert not (tmp_path / "no.yaml").exists()
