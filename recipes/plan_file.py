@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from quantbench.errors import RecipeError
 from quantbench.recipes.forecast import Forecast
 from quantbench.recipes.plan import Plan
+from quantbench.recipes.rules import HEAD
 from quantbench.vocabulary import CachePlan, LayerPlan, VariantPlan, parse_mode
 
 
@@ -87,7 +89,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         transforms = ", ".join(_transform(t) for t in v.transforms) or "none"
         mode = v.name if v.name == v.mode.name else f"{v.name} ({v.mode.name})"
         title = f"{mode}: floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}"
-        table = Table("layers", "count", "weights", "inputs", "method", "decided by", title=title, title_justify="left")
+        lines = box.SIMPLE_HEAD if console.is_terminal else None  # no line drawing where a program or a log reads
+        columns = ("layers", "count", "weights", "inputs", "method", "decided by")
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", box=lines, pad_edge=False)
         for row in _variant_rows(v):
             table.add_row(row.layers, str(row.count), row.weights, row.activations, row.method, row.rule)
         console.print(table)
@@ -118,7 +122,8 @@ def _variant_rows(variant: VariantPlan) -> Iterator[PlanRow]:
     for (kind, *treatment), numbers in blocks.items():
         kinds.setdefault((tuple(numbers), tuple(treatment)), []).append(kind)
     for (where, (weights, inputs, method, rule)), names in kinds.items():
-        layers = f"blocks {_ranges(where)}: {' '.join(names)}" if where else " ".join(names)
+        every = len(names) == len({_split(name)[1] for name in variant.layers} - {HEAD})
+        layers = f"blocks {_ranges(where)}: {'all linears' if every else ' '.join(names)}" if where else " ".join(names)
         yield PlanRow(variant.name, layers, max(len(where), 1) * len(names), weights, inputs, method, rule)
 
 
