@@ -149,7 +149,7 @@ def test_weights_below_each_other_are_packed_from_where_they_lie(ops: CpuOps, ca
     rng = np.random.default_rng(2)
     group = [quantized_weight(rng, n, 128, case) for n in (37, 5, 19, 40)]
     a = Activation(rng.standard_normal((3, 128)).astype(np.float32))
-    packed = ops.pack([w for w in group])
+    packed = ops.pack(group)
     assert len(packed.parts) == 1
     apart = [ops.linear(a, ops.pack(w)) for w in group]
     assert np.array_equal(ops.linear(a, packed), np.concatenate(apart, axis=1))
