@@ -58,6 +58,7 @@ class Tap:
     seen: Statistics
     heldout: Statistics
     weights: dict[str, F32]
+    gain: F32 | None = None  # the norm's weight, where the input is a norm's output
 
 
 Method = Callable[[Tap, LayerPlan], dict[str, F32]]  # the weights as they would be served
@@ -80,10 +81,10 @@ def nearest(ranger: Ranger = whole, observer: str = "absmax") -> Method:
     return quantize
 
 
-def column_by_column(ranger: Ranger = whole, act_order: bool = True) -> Method:
+def column_by_column(ranger: Ranger = whole, act_order: bool = True, damping: float = 0.01) -> Method:
     def one(w: F32, plan: LayerPlan, seen: Statistics) -> F32:
         entry = weight_entry(w, plan, ranger(w, plan, seen))
-        return dequantize_weight(gptq(w, entry, seen, act_order))
+        return dequantize_weight(gptq(w, entry, seen, act_order, (damping, 1.0)))
 
     return lambda tap, plan: {n: one(w, plan, tap.seen) for n, w in tap.weights.items()}
 
@@ -100,6 +101,25 @@ def rescaled(behind: Method, grid: AwqGrid | None = None) -> Method:
     return quantize
 
 
+def turned(behind: Method) -> Method:
+    """R1 (rotation.py) around `behind`: columns of what reads the residual stream, rows of what writes to it."""
+
+    def read(tap: Tap, gain: F32, r: F64) -> Tap:
+        bare = scaled(tap.seen, 1 / gain)
+        assert bare.hessian is not None
+        weights = {n: ((w * gain) @ r).astype(np.float32) for n, w in tap.weights.items()}
+        return replace(tap, seen=replace(bare, hessian=r.T @ bare.hessian @ r), weights=weights)
+
+    def quantize(tap: Tap, plan: LayerPlan) -> dict[str, F32]:
+        r = rotation(len(tap.gain if tap.gain is not None else next(iter(tap.weights.values())))).matrix
+        if tap.gain is not None:
+            return {n: (q @ r.T / tap.gain).astype(np.float32) for n, q in behind(read(tap, tap.gain, r), plan).items()}
+        inner = replace(tap, weights={n: (r.T @ w).astype(np.float32) for n, w in tap.weights.items()})
+        return {n: (r @ q).astype(np.float32) for n, q in behind(inner, plan).items()}
+
+    return quantize
+
+
 METHODS: dict[str, Method] = {
     "rtn": nearest(),
     "mse": nearest(observer="mse"),
@@ -110,10 +130,15 @@ METHODS: dict[str, Method] = {
     "awq, clip": rescaled(nearest(clipped(False))),
     "gptq": column_by_column(),
     "gptq, no act_order": column_by_column(act_order=False),
+    "gptq, damping 10 %": column_by_column(damping=0.1),
     "clip diagonal, gptq": column_by_column(clipped(True)),
     "clip, gptq": column_by_column(clipped(False)),
     "awq, gptq": rescaled(column_by_column()),
     "awq, clip, gptq": rescaled(column_by_column(clipped(False))),
+    "rotated, rtn": turned(nearest()),
+    "rotated, clip": turned(nearest(clipped(False))),
+    "rotated, gptq": turned(column_by_column()),
+    "rotated, clip, gptq": turned(column_by_column(clipped(False))),
 }
 
 
@@ -131,7 +156,7 @@ def blocks(
 ) -> Iterator[tuple[dict[str, Statistics], dict[str, F32]]]:
     """Statistics with Hessians, and some of the inputs, of every chosen block on one text; the float model runs."""
     tokens = load_tokens(spec, source.tokenizer())
-    forward = PaddleForward.of(source)
+    forward = PaddleForward.of(source, threads=1)  # one batch after another: the first tokens are always the same
     hidden = HiddenStates.start(forward.embed(tokens.ids), tokens.lengths)
     for layer in range(max(layers) + 1):
         kept: dict[str, F32] = {}
@@ -215,9 +240,11 @@ def main() -> None:
         weights = source.float_block(layer)
         for tap in TAPS:
             readers = {line.name: weights[f"{line.name}.weight"] for line in LINEARS if line.tap == tap}
-            taps[f"{layer} {tap}"] = Tap(seen[tap], heldout[tap], readers)
-        for tap, x in inputs.items():
-            norms[f"{layer} {tap}"] = x, weights[f"{next(line.source for line in LINEARS if line.tap == tap)}.weight"]
+            source_weight = weights[f"{next(line.source for line in LINEARS if line.tap == tap)}.weight"]
+            gain = source_weight if source_weight.ndim == 1 else None
+            taps[f"{layer} {tap}"] = Tap(seen[tap], heldout[tap], readers, gain)
+            if gain is not None:
+                norms[f"{layer} {tap}"] = inputs[tap], gain
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "model": source.name,
