@@ -15,7 +15,7 @@ import numpy as np
 
 from quantbench.scales.arrays import F32
 
-TENTHS = tuple(i / 10 for i in range(11))
+TENTHS = tuple(i / 10 for i in range(10))  # alpha 1 makes all channels equally large: whatever is new saturates
 RoundInput = Callable[[F32, F32], F32]  # x [T, K] and the largest |x| of its channels [K] -> what quantization leaves
 RoundWeight = Callable[[int, F32], F32]  # number of the linear and its W [N, K] -> what quantization leaves
 
@@ -64,7 +64,7 @@ class Found:
 
 
 def search_alpha(pair: Pair, factors_of: Callable[[float], F32]) -> Found:
-    """The best of alpha 0, 0.1 … 1, of the two twentieths beside it, and of no smoothing at all.
+    """The best of alpha 0, 0.1 … 0.9, of the twentieths beside it, and of no smoothing at all.
 
     factors_of(alpha) -> f32[K]. The smaller alpha wins a tie, no smoothing wins against all. Deterministic.
     """
@@ -73,7 +73,7 @@ def search_alpha(pair: Pair, factors_of: Callable[[float], F32]) -> Found:
     losses = {alpha: pair.loss(factors_of(alpha)) for alpha in TENTHS}
     near = min(losses, key=losses.__getitem__)
     for alpha in (near - 0.05, near + 0.05):
-        if 0 <= alpha <= 1:
+        if TENTHS[0] <= alpha <= TENTHS[-1]:
             losses[alpha] = pair.loss(factors_of(alpha))
     best = min(losses, key=losses.__getitem__)
     if losses[best] >= plain:

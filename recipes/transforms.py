@@ -36,7 +36,7 @@ class Smooth(Section):
 
     alpha: Annotated[float | str, BeforeValidator(_alpha), Shown("a number from 0 to 1, or search")] = Field(
         default=0.5,
-        description="0: leave activations alone; 1: move all of it; search: the best of 0, 0.1 … 1 for each target.",
+        description="0: leave activations alone; 1: move all of it; search: the best of 0, 0.1 … 0.9 for each input.",
     )
     targets: Rows[Target] = Field(
         default=DEFAULT_TARGETS, min_length=1, description="Inputs that are smoothed, where they are quantized."
