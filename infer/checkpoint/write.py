@@ -106,6 +106,8 @@ class CheckpointWriter:
 
     def _begin(self) -> None:
         self._staging.mkdir(parents=True, exist_ok=True)
+        for stale in self._staging.glob(".*.tmp"):  # half-written when an earlier run was killed
+            stale.unlink()
         identity = self.partial / "plan.sha256"
         if not identity.exists():
             write_atomically(identity, self._identity.encode())

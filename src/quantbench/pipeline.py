@@ -142,7 +142,9 @@ def versions() -> dict[str, str]:
 
 
 def discard(folder: Path, start: str | None) -> None:
-    """Delete what stage `start` and the stages behind it have left."""
+    """Delete what stage `start` and the stages behind it have left, and files that a kill left half-written."""
+    for stale in folder.rglob(".*.tmp"):
+        stale.unlink()
     order = list(PRODUCTS)
     for stage in order[order.index(start) :] if start else ["report"]:
         for name in PRODUCTS[stage]:

@@ -181,6 +181,16 @@ def test_killed_at_every_rename(make_model, write_checkpoint, tmp_path, monkeypa
     assert allowed > 8
 
 
+def test_what_a_kill_left_half_written_does_not_stay(make_model, tmp_path):
+    source = open_model(make_model())
+    path, variant = tmp_path / "checkpoint", variant_of("a8w8", source)
+    writer = CheckpointWriter(path, source, variant)
+    stale = writer.partial / "checkpoint" / ".model-00001-of-00003.safetensors.77.tmp"
+    stale.write_bytes(b"half")
+    CheckpointWriter(path, source, variant)
+    assert not stale.exists()
+
+
 def test_a_finished_checkpoint_is_left_alone(make_model, write_checkpoint, tmp_path):
     source = open_model(make_model())
     variant = variant_of("a8w8", source)

@@ -57,7 +57,7 @@ def test_candidates_equal_a_slow_version(seed: int, temperature: float, top_k: i
     assert set(order[:fewest]) <= set(ids.tolist()) <= set(order if top_p == 1 else order[:most])
     assert probabilities.sum() == pytest.approx(1)
     ratio = probabilities[0] / probabilities[-1]
-    assert ratio == pytest.approx(math.exp(scaled[ids[0]] - scaled[ids[-1]]), rel=1e-6)
+    assert ratio == pytest.approx(math.exp(scaled[ids[0]] - scaled[ids[-1]]), rel=1e-5)
 
 
 def test_a_wide_nucleus_goes_beyond_the_short_head() -> None:
