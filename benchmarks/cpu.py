@@ -1,0 +1,209 @@
+"""The CPU runtime beside the limits of the machine and beside other runtimes: one command, a table per thread count.
+
+    python benchmarks/cpu.py MODEL --threads 1,2 [--rounds 3] [--peer "llama.cpp=COMMAND {threads}"]
+
+MODEL is a float model (a HF directory, GGUF file, hub or demo name). Measured are prefill of 512 tokens and decoding at
+batches of 1, 8 and 16, for a8w8 with its head held as int8 (what the recipe rule `{match: lm_head, mode:
+weight_only_int8}` writes, and what every peer's int8 file has), bf16 and weight_only_int4, all rounded to nearest at
+load. Modes and peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those
+of the rounds, shown with their extremes. CPU time per token hardly changes where other processes compete.
+
+A peer is a command that prints one JSON object, {"prefill": tokens/s, "decode": {"1": tokens/s, ...}}, and runs in an
+environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+from quantbench.errors import QuantbenchError
+from quantbench.infer.engine import Engine, Request, SamplingParams
+from quantbench.infer.engine.convert import convert
+from quantbench.infer.engine.weights import pack_group
+from quantbench.infer.ops.cpu import load_kernels, set_threads
+from quantbench.infer.validate.machine import cpu_model
+from quantbench.vocabulary import parse_mode
+
+PROMPT = 512
+SHORT = 32  # prompt of a decode measurement
+HEADED = "a8w8+head"
+MODES = (HEADED, "bf16", "weight_only_int4")
+PEERS = ("llama.cpp", "OpenVINO GenAI", "ONNX Runtime GenAI")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement. `gb` and `gop` are billions of bytes read and of operations done per token; 0 for peers."""
+
+    tokens_per_s: float
+    cpu_ms: float = 0.0  # processor time of all threads, per token
+    gb: float = 0.0
+    gop: float = 0.0
+
+
+Samples = dict[str, Sample]  # column ("prefill", "b1", "b8", …) -> sample
+
+
+def load(model: str, mode: str) -> Engine:
+    """`model` in `mode`; HEADED is a8w8 whose head is packed again as int8."""
+    engine = Engine.load(model, mode.removesuffix("+head"), cache_tokens=16 * PROMPT, prefix_reuse=False)
+    if mode == HEADED:
+        head = convert(engine.source.linear("lm_head"), parse_mode("weight_only_int8"))
+        runner = engine.runner
+        runner.model = replace(runner.model, head=pack_group(runner.ops, [head]))
+    return engine
+
+
+def timed(work: Callable[[], int]) -> tuple[int, float, float]:
+    """Tokens that `work` says it made, and its seconds on the clock and on processors."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    tokens = work()
+    return tokens, time.perf_counter() - clock, time.process_time() - cpu
+
+
+def prefill(engine: Engine) -> Sample:
+    prompt = [(7 * i) % 997 + 3 for i in range(PROMPT)]
+    once = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+    tokens, clock, cpu = timed(lambda: len(engine.generate([prompt], once)) * PROMPT)
+    gb = engine.bytes_per_token(PROMPT, PROMPT // 2) / 1e9
+    return Sample(tokens / clock, cpu / tokens * 1e3, gb, engine.operations_per_token(PROMPT // 2) / 1e9)
+
+
+def decode(engine: Engine, batch: int, steps: int) -> Sample:
+    params = SamplingParams(max_tokens=steps + 1, ignore_eos=True, detokenize=False)
+    for number in range(batch):
+        engine.add(Request([(11 * i + number) % 997 + 3 for i in range(SHORT)], params))
+    waiting = batch
+    while waiting:
+        waiting -= len(engine.step())
+
+    def rest() -> int:
+        tokens = 0
+        while not engine.idle:
+            tokens += len(engine.step())
+        return tokens
+
+    tokens, clock, cpu = timed(rest)
+    context = SHORT + steps // 2
+    gb = engine.bytes_per_token(batch, context) / 1e9
+    return Sample(tokens / clock, cpu / tokens * 1e3, gb, engine.operations_per_token(context) / 1e9)
+
+
+def run_peer(command: str, threads: int) -> Samples | str:
+    """What a peer's command prints, or why it has nothing to show."""
+    words = shlex.split(command.replace("{threads}", str(threads)))
+    if not words or shutil.which(words[0]) is None:
+        return f"{words[0] if words else 'its command'} is not installed"
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    try:
+        found = json.loads(done.stdout)
+        rates = {"prefill": found["prefill"]} | {f"b{batch}": rate for batch, rate in found["decode"].items()}
+        return {column: Sample(float(rate)) for column, rate in rates.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as reason:
+        return f'it did not print {{"prefill": …, "decode": {{…}}}} ({reason!r})'
+
+
+def measure(
+    engines: dict[str, Engine], peers: dict[str, str], threads: int, options: argparse.Namespace
+) -> dict[str, list[Samples]]:
+    """Samples of every round, after one that is thrown away. A peer that fails is said so once and left out."""
+    found: dict[str, list[Samples]] = {name: [] for name in engines}
+    absent: set[str] = set()
+    for number in range(options.rounds + 1):
+        for name, engine in engines.items():
+            steps = options.steps if number else 2
+            sample = {"prefill": prefill(engine)} | {f"b{b}": decode(engine, b, steps) for b in options.batches}
+            if number:
+                found[name].append(sample)
+        for name, command in peers.items() if number else ():
+            if name in absent:
+                continue
+            result = run_peer(command, threads)
+            if isinstance(result, str):
+                absent.add(name)
+                print(f"peer {name}: skipped: {result}")
+            else:
+                found.setdefault(name, []).append(result)
+    return found
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def show(found: dict[str, list[Samples]], ceilings: dict[str, float], columns: list[str]) -> None:
+    base = next(iter(found))
+    width = max(map(len, found))
+    for column in columns:
+        print(f"\n{column}: tokens/s, ratio of {base} to it, CPU ms per token, GB/s and GOP/s with their share")
+        for name, rounds in found.items():
+            mine = [r[column] for r in rounds if column in r]
+            if not mine:
+                continue
+            ratios = [b[column].tokens_per_s / m.tokens_per_s for b, m in zip(found[base], mine, strict=False)]
+            rates = [s.tokens_per_s for s in mine]
+            print(f"  {name:<{width}}  {spread(rates, 0):<26}  x{spread(ratios, 2):<22}{_use(name, mine, ceilings)}")
+
+
+def _use(name: str, samples: list[Sample], ceilings: dict[str, float]) -> str:
+    """How much of the machine the median round used; nothing is known of a peer's."""
+    typical = sorted(samples, key=lambda s: s.tokens_per_s)[len(samples) // 2]
+    if not typical.gb:
+        return ""
+    peak = ceilings["int8_gop_per_s" if name.startswith("a8w8") else "float32_gop_per_s"]
+    read, done = typical.tokens_per_s * typical.gb, typical.tokens_per_s * typical.gop
+    shares = f"{read:6.1f} GB/s {read / ceilings['read_gb_per_s']:4.0%}  {done:6.0f} GOP/s {done / peak:4.0%}"
+    return f"{median(s.cpu_ms for s in samples):8.2f} ms  {shares}"
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"separated by commas; default {','.join(MODES)}")
+    parser.add_argument("--threads", type=integers, default=[1, 2])
+    parser.add_argument("--batches", type=integers, default=[1, 8, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=32, help="decode steps per measurement")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    peers = dict(peer.partition("=")[::2] for peer in options.peer)
+    for name in PEERS:
+        if name not in peers:
+            print(f"peer {name}: skipped: no --peer {shlex.quote(name + '=COMMAND')} was given")
+    try:
+        engines = {mode: load(options.model, mode) for mode in options.modes.split(",")}
+        for threads in options.threads:
+            set_threads(threads)
+            ceilings = load_kernels().ceilings(threads)
+            isa = load_kernels().isa()
+            limits = ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items())
+            print(f"\n== {cpu_model()}, {isa}, {threads} thread(s), {options.rounds} rounds; ceilings: {limits}")
+            columns = ["prefill", *(f"b{b}" for b in options.batches)]
+            show(measure(engines, peers, threads, options), ceilings, columns)
+    except QuantbenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
