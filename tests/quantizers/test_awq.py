@@ -5,6 +5,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantbench.calibrate.paddle_device import import_paddle
 from quantbench.calibrate.paddleslim import live_observer
@@ -75,6 +77,20 @@ def test_never_worse_than_round_to_nearest_and_clearly_better_for_int4(plan: Lay
     scaled = output_loss(one.weight, one.round_trip(one.weight * found.factors) / found.factors, s.hessian)
     assert (found.plain_loss, found.loss) == (pytest.approx(plain, rel=1e-5), pytest.approx(scaled, rel=1e-5))
     assert scaled <= (0.8 if plan.granularity == "group" else 1.0) * plain
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.sampled_from(sorted(PLANS)), st.floats(0.01, 4))
+def test_the_losses_it_tells_are_those_of_its_factors(seed: int, plan: str, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((40, 64)) * np.exp(spread * rng.standard_normal(64))).astype(F32)
+    one, s = reader(PLANS[plan], 8, seed, 64), seen(x)
+    assert s.hessian is not None
+    found = awq_scale([one], s, AwqGrid(steps=6))
+    scaled = one.round_trip(one.weight * found.factors) / found.factors
+    assert found.loss == pytest.approx(output_loss(one.weight, scaled, s.hessian), rel=1e-4)
+    assert found.loss <= found.plain_loss
+    assert np.all(found.factors > 0)
 
 
 def test_equal_inputs_and_weights_leave_factors_one() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantbench.errors import CalibrationError, ModelError, RecipeError
 from quantbench.quantizers.activation import quantize_activation
@@ -133,6 +135,19 @@ def test_rotations_are_orthogonal_even_and_repeatable(n: int) -> None:
     assert np.abs(made.matrix).max() <= np.sqrt((2 if "DCT" in made.construction else 1) / n) + 1e-12
     assert np.array_equal(made.matrix, rotation(n).matrix)
     assert not np.array_equal(made.matrix, rotation(n, seed=1).matrix)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 400), st.integers(0, 5))
+def test_every_size_is_rotated_or_refused(n: int, seed: int) -> None:
+    try:
+        made = rotation(n, seed).matrix
+    except RecipeError:
+        assert n % 16
+        assert hadamard(n)[0] is None
+        return
+    np.testing.assert_allclose(made.T @ made, np.eye(n), atol=1e-12)
+    assert np.abs(made).max() <= np.sqrt(2 / n) + 1e-12
 
 
 def test_the_construction_without_a_hadamard_matrix_says_so() -> None:
