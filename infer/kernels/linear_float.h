@@ -14,6 +14,16 @@ constexpr int kColumns = 2 * W;                       // columns of a register t
 constexpr int kRows = W == 16 ? 12 : W == 8 ? 6 : 4;  // tokens of a register tile
 constexpr int64_t kDepth = 384;                       // k of a block: a decoded panel block is 48 KiB
 constexpr int64_t kTokens = 192;                      // tokens of a block: 288 KiB of activations, within L2
+constexpr int64_t kAhead = 1024;                      // bytes of a panel asked for before they are needed
+
+// One token waits for memory, and decoding fills the window of instructions in flight before the next lines are asked
+// for: each cache line of a panel is asked for `kAhead` bytes early. Past the end of a panel the next one begins.
+template <int64_t row_bytes>
+QB_INLINE void prefetch_row(const uint8_t* panel, int64_t k) {
+    constexpr int64_t every = row_bytes < 64 ? 64 / row_bytes : 1;
+    if (k % every == 0)
+        for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(panel + k * row_bytes + line + kAhead);
+}
 
 struct DecodeF32 {
     static constexpr int64_t row_bytes = 128;
@@ -78,6 +88,10 @@ struct Tile {
     QB_INLINE void add(Tile& t, const float* a, int64_t lda, const uint8_t* panel, int64_t panel_bytes, int64_t column,
                        int64_t from, int64_t to, const vf (*scale)[2], const vf (*offset)[2]) {
         for (int64_t k = from; k < to; ++k) {
+            if constexpr (M == 1 && P > 1) {
+                QB_UNROLL
+                for (int p = 0; p < P; ++p) prefetch_row<Decode::row_bytes>(panel + p * panel_bytes, k);
+            }
             vf b[P][2];
             QB_UNROLL
             for (int p = 0; p < P; ++p)
