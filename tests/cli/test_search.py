@@ -7,16 +7,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import Command
 
 from quantbench.calibrate.budget import choose, front
+from quantbench.calibrate.sensitivity import groups_of
 from quantbench.cli.search import budget_of, listed, thinned
 from quantbench.errors import QuantbenchError, RecipeError, RequestError
+from quantbench.infer.checkpoint.source import open_model
 from quantbench.losses import FILE, Measurement, estimated_losses, measured_losses
 from quantbench.mixture import Mixture, mixed_recipe, mixed_rules, open_mixture, open_run, quantized_variants
 from quantbench.pipeline import Options, load
+from quantbench.quantizers.weight import QuantizedWeight
 from quantbench.recipes.facts import Shape
 from quantbench.reports.progress import PlainProgress
 from quantbench.vocabulary import LayerPlan
@@ -245,6 +249,22 @@ def test_sensitivity_prints_a_ranking(quantbench: Command, run: Path) -> None:
     assert len(shown.stdout.strip().splitlines()) == 2 + 3
 
 
+def assert_made_of_its_candidates(path: Path, run: Path, labels: dict[str, str]) -> None:
+    """Every linear of the mixed checkpoint is, code by code, that of the variant it was chosen from."""
+    mixed = open_model(path)
+    candidates = {name: open_model(run / "checkpoint" / name) for name in WEIGHT_ONLY}
+    for group in groups_of(mixed.config.num_layers):
+        for name in group.linears:
+            made, wanted = mixed.linear(name).weight, candidates[labels[group.name]].linear(name).weight
+            if isinstance(wanted, QuantizedWeight):
+                assert isinstance(made, QuantizedWeight)
+                assert made.format == wanted.format
+                np.testing.assert_array_equal(made.codes, wanted.codes)
+                np.testing.assert_array_equal(made.scale, wanted.scale)
+            else:
+                np.testing.assert_array_equal(made, wanted)
+
+
 def test_search_writes_a_recipe_that_calibrate_runs(quantbench: Command, run: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mixed.yaml"
     asked = ["search", run, "--modes", ",".join(WEIGHT_ONLY), "--tokens", 64, "-o", recipe]
@@ -259,6 +279,7 @@ def test_search_writes_a_recipe_that_calibrate_runs(quantbench: Command, run: Pa
     assert done.returncode == 0, done.stderr
     planned = json.loads((tmp_path / "out" / "plan.json").read_text())["forecast"]["checkpoint_bytes"]["mixed"]
     assert planned == found["chosen"]["bytes"]
+    assert_made_of_its_candidates(tmp_path / "out" / "checkpoint" / "mixed", run, found["chosen"]["groups"])
     again = quantbench(*asked, "--budget-ratio", 0.55)
     assert again.returncode == 2
     assert f"{recipe} exists already: --overwrite replaces it" in again.stderr
