@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from quantbench.calibrate.apply import fold_block, smoothing
+from quantbench.calibrate.apply import fold_block
 from quantbench.calibrate.sensitivity import Group, quantized_groups
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import LinearWeight, ModelSource
@@ -40,6 +40,7 @@ from quantbench.scales.arrays import F32
 from quantbench.scales.table import ScaleTable
 
 _LARGEST_DRIFT = 1e-3  # relative change of a block's float output that its transforms may make
+_UNMEASURABLE = "cannot be measured one by one. Leave that transform out, or use the estimate"
 
 
 class Trials:
@@ -111,9 +112,11 @@ def measure(
     """Group name -> mean KL in nats, of every group that `checkpoint` holds quantized. `table` is its scale table,
     `tick` is told each group that is done.
 
-    Raises CalibrationError where a block's transforms also change what the block hands on (a rotation): its groups
-    have no meaning in the untransformed model.
+    Raises CalibrationError where a transform also changes what a block hands on (a rotation): the groups have no
+    meaning in the untransformed model.
     """
+    if outside := [e.name for e in table if e.kind == "transform" and not e.name.startswith("model.layers.")]:
+        raise CalibrationError(f"{outside[0]} transforms more than one block: groups {_UNMEASURABLE}")
     found: dict[str, float] = {}
     blocks: dict[int, Layer] = {}
     for group in quantized_groups(checkpoint):
@@ -137,7 +140,8 @@ def with_group(trials: Trials, block: Layer, group: Group, linears: Sequence[Lin
 def float_block(trials: Trials, source: ModelSource, number: int, table: ScaleTable) -> Layer:
     """The float block behind the transforms that `table` holds for it; the block itself where there are none."""
     plain = trials.layer(number)
-    if not smoothing(number, table):
+    prefix = f"{block_prefix(number)}."
+    if not any(e.kind == "transform" and e.name.startswith(prefix) for e in table):
         return plain
     folded = fold_block(number, source.float_block(number), table, source.config)
     groups: dict[str, Any] = {
@@ -153,7 +157,7 @@ def float_block(trials: Trials, source: ModelSource, number: int, table: ScaleTa
     if not drift <= _LARGEST_DRIFT:
         raise CalibrationError(
             f"{block_prefix(number)}: its transforms change what the float block hands on by {drift:.2g} (at most "
-            f"{_LARGEST_DRIFT:g}): its groups cannot be measured one by one. Use the estimate (without --measure)"
+            f"{_LARGEST_DRIFT:g}): its groups {_UNMEASURABLE}"
         )
     return block
 

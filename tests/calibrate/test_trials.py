@@ -118,5 +118,15 @@ def test_a_transform_that_changes_what_a_block_hands_on_is_refused(
     doubled = Swapped(**{f: getattr(model, f) for f in ModelSource.__dataclass_fields__})
     name = "model.layers.2.mlp.up_proj.weight"
     doubled.tensors = {name: model.read(name) * np.float32(2)}
-    with pytest.raises(CalibrationError, match=r"model\.layers\.2: its transforms change .*without --measure"):
+    with pytest.raises(
+        CalibrationError, match=r"model\.layers\.2: its transforms change .*cannot be measured"
+    ):
         float_block(trials, doubled, 2, of_run(tiny_run, "a8w8")[1])
+
+
+def test_a_transform_of_the_whole_model_is_refused(trials: Trials, model: ModelSource, tiny_run: Path) -> None:
+    checkpoint, table = of_run(tiny_run, "a8w8")
+    entry = next(e for e in table if e.kind == "transform")
+    table.add(replace(entry, name="model.embed_tokens.rotate"))
+    with pytest.raises(CalibrationError, match=r"model\.embed_tokens\.rotate transforms more than one block"):
+        measure(trials, model, checkpoint, table, lambda _: None)
