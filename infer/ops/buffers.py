@@ -26,15 +26,13 @@ class Buffers(threading.local):
     def __init__(self) -> None:
         self._by_size: dict[int, list[Array]] = {}
 
-    def array(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An uninitialized C-contiguous array."""
-        kind = np.dtype(dtype)
-        count = math.prod(shape)
-        if count * kind.itemsize < SMALL:
-            return np.empty(shape, kind)
-        size = 1 << (count * kind.itemsize - 1).bit_length()
-        flat = self._free(size)[: count * kind.itemsize]
-        array: Array = flat.view(kind).reshape(shape)
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialized C-contiguous array. `dtype` is an object: making one from a type costs time."""
+        needed = math.prod(shape) * dtype.itemsize
+        if needed < SMALL:
+            return np.empty(shape, dtype)
+        flat = self._free(1 << (needed - 1).bit_length())[:needed]
+        array: Array = flat.view(dtype).reshape(shape)
         return array
 
     def _free(self, size: int) -> Array:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 BUFFERS = Buffers()
+F32 = np.dtype(np.float32)  # objects made once: a step of one token makes some hundred small arrays
+INT8 = np.dtype(np.int8)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 FORMATS: dict[str | None, int] = {None: 0, "int8": 1, "fp8_e4m3": 2}  # Quant in kernels/table.h
 CACHE_KINDS: dict[np.dtype[Any], tuple[int, Any]] = {  # CacheKind, and the dtype whose view crosses
@@ -115,7 +117,7 @@ class CpuOps:
         return CpuPacked(names, shape, sum(n.weight.nbytes for n in natives), natives)
 
     def embed(self, table: Packed, ids: Ints) -> Floats:
-        out = BUFFERS.array((len(ids), table.shape[1]), np.float32)
+        out = BUFFERS.array((len(ids), table.shape[1]), F32)
         self.kernels.embed(_parts(table)[0].weight, ids, out)
         return out
 
@@ -128,7 +130,7 @@ class CpuOps:
         )
 
     def linear(self, a: Activation, w: Packed) -> Floats:
-        y = BUFFERS.array((a.tokens, w.shape[0]), np.float32)
+        y = BUFFERS.array((a.tokens, w.shape[0]), F32)
         values, codes, format = a.values, _bits(a.codes), FORMATS[a.format]
         column = 0
         for part in _parts(w):
@@ -163,7 +165,7 @@ class CpuOps:
     ) -> Floats:
         kind, bits = CACHE_KINDS[cache.k.dtype]
         kv_heads, size = cache.k.shape[1], cache.k.shape[3]
-        q = BUFFERS.array((qkv.shape[0], qkv.shape[1] - 2 * kv_heads * size), np.float32)
+        q = BUFFERS.array((qkv.shape[0], qkv.shape[1] - 2 * kv_heads * size), F32)
         q_norm, k_norm = norms or (None, None)
         self.kernels.rope_write(
             qkv, batch.positions, batch.slots, rope[0], rope[1], q_norm, k_norm, eps,
@@ -173,7 +175,7 @@ class CpuOps:
 
     def attention(self, q: Floats, batch: Batch, cache: LayerCache, window: int | None = None) -> Floats:
         kind, bits = CACHE_KINDS[cache.k.dtype]
-        out = BUFFERS.array(q.shape, np.float32)
+        out = BUFFERS.array(q.shape, F32)
         self.kernels.attention(
             q, batch.starts, batch.context, batch.tables,
             kind, cache.k.view(bits), cache.v.view(bits), cache.k_scale, cache.v_scale, window or 0, out,
@@ -191,15 +193,15 @@ def _parts(packed: Packed) -> tuple[NativePart, ...]:
 
 def _output(tokens: int, width: int, spec: ActSpec) -> Activation:
     """Room for what `spec` asks for."""
-    values = BUFFERS.array((tokens, width), np.float32) if spec.format is None or spec.keep_float else None
+    values = BUFFERS.array((tokens, width), F32) if spec.format is None or spec.keep_float else None
     if spec.format is None:
         return Activation(values)
-    codes = BUFFERS.array((tokens, width), np.int8 if spec.format == "int8" else E4M3)
-    return Activation(values, codes, np.empty(tokens if spec.scale is None else 1, np.float32), spec.format)
+    codes = BUFFERS.array((tokens, width), INT8 if spec.format == "int8" else E4M3)
+    return Activation(values, codes, np.empty(tokens if spec.scale is None else 1, F32), spec.format)
 
 
 def _bits(codes: Array | None) -> Array | None:
-    return codes.view(np.uint8) if codes is not None and codes.dtype == E4M3 else codes
+    return codes.view(np.uint8) if codes is not None and codes.dtype is not INT8 else codes
 
 
 def _codes(a: Activation) -> tuple[Array | None, Floats | None]:
