@@ -118,9 +118,7 @@ def test_a_transform_that_changes_what_a_block_hands_on_is_refused(
     doubled = Swapped(**{f: getattr(model, f) for f in ModelSource.__dataclass_fields__})
     name = "model.layers.2.mlp.up_proj.weight"
     doubled.tensors = {name: model.read(name) * np.float32(2)}
-    with pytest.raises(
-        CalibrationError, match=r"model\.layers\.2: its transforms change .*cannot be measured"
-    ):
+    with pytest.raises(CalibrationError, match=r"model\.layers\.2: its transforms change .*cannot be measured"):
         float_block(trials, doubled, 2, of_run(tiny_run, "a8w8")[1])
 
 

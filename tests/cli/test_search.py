@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import Command
 
-from quantbench.calibrate.budget import choose, front
+from quantbench.calibrate.budget import Selection, choose, front
 from quantbench.calibrate.sensitivity import groups_of
 from quantbench.cli.search import budget_of, listed, thinned
 from quantbench.errors import QuantbenchError, RecipeError, RequestError
@@ -21,7 +21,6 @@ from quantbench.losses import FILE, Measurement, estimated_losses, measured_loss
 from quantbench.mixture import Mixture, mixed_recipe, mixed_rules, open_mixture, open_run, quantized_variants
 from quantbench.pipeline import Options, load
 from quantbench.quantizers.weight import QuantizedWeight
-from quantbench.recipes.facts import Shape
 from quantbench.reports.progress import PlainProgress
 from quantbench.vocabulary import LayerPlan
 
@@ -60,6 +59,14 @@ def planned(text: str, folder: Path) -> tuple[int, dict[str, LayerPlan]]:
     return plan.forecast.checkpoint_bytes["mixed"], plan.variants["mixed"].layers
 
 
+def assert_planned(mixture: Mixture, layers: dict[str, LayerPlan], labels: dict[str, str]) -> None:
+    """Every linear is planned as its candidate has it, whatever rule says so."""
+    for group in mixture.groups:
+        for name in group.linears:
+            wanted = mixture.plan(labels[group.name], name)
+            assert vars(layers[name]) | {"rule": ""} == vars(wanted) | {"rule": ""}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.33, 0.5, 0.77, 1.0])
 def test_the_written_recipe_plans_what_was_promised(
     mixture: Mixture, losses: dict[str, dict[str, float]], tmp_path: Path, share: float
@@ -70,10 +77,7 @@ def test_the_written_recipe_plans_what_was_promised(
     chosen = choose(options, budget)
     size, layers = planned(mixed_recipe(mixture, chosen, "why"), tmp_path)
     assert size == chosen.bytes + mixture.fixed_bytes <= budget + mixture.fixed_bytes
-    for group in mixture.groups:
-        for name in group.linears:
-            wanted = mixture.plan(chosen.labels[group.name], name)
-            assert vars(layers[name]) | {"rule": ""} == vars(wanted) | {"rule": ""}
+    assert_planned(mixture, layers, chosen.labels)
 
 
 def test_the_recipe_is_plain_and_says_where_it_comes_from(
@@ -94,8 +98,7 @@ def test_blocks_of_one_kind_share_a_rule(mixture: Mixture) -> None:
     labels = {g.name: "weight_only_int8" for g in mixture.groups}
     labels |= {f"model.layers.{i}.qkv": "weight_only_int4" for i in range(3)}
     labels |= {f"model.layers.{i}.down": "bf16" for i in (0, 2)} | {"model.layers.1.gate_up": "bf16"}
-    chosen = front(mixture.options({}))[0]
-    rules = mixed_rules(mixture, type(chosen)(0, 0.0, labels))
+    rules = mixed_rules(mixture, Selection(0, 0.0, labels))
     assert [(r["match"], r["mode"]) for r in rules] == [
         ("model.layers.*.self_attn.[qkv]_proj", "weight_only_int4"),
         ("model.layers.[02].mlp.down_proj", "float"),
@@ -109,15 +112,22 @@ def test_settings_of_a_variant_travel_into_its_rules(run: Path, tmp_path: Path) 
     mixture = open_mixture(run, ["a8w8-dynamic", "weight_only_int8", "a8w8"])
     names = ["weight_only_int8", "a8w8-dynamic", "a8w8"]
     labels = {g.name: names[(i + i // 4) % 3] for i, g in enumerate(mixture.groups)} | {"lm_head": "a8w8"}
-    chosen = front(mixture.options({}))[0]
-    text = mixed_recipe(mixture, type(chosen)(0, 0.0, labels), "why")
+    text = mixed_recipe(mixture, Selection(0, 0.0, labels), "why")
     assert text.count("dynamic: true") > 1
     assert "&id" not in text  # plain words, no YAML aliases
     layers = planned(text, tmp_path)[1]
-    for group in mixture.groups:
-        for name in group.linears:
-            wanted = mixture.plan(labels[group.name], name)
-            assert vars(layers[name]) | {"rule": ""} == vars(wanted) | {"rule": ""}
+    assert_planned(mixture, layers, labels)
+
+
+def test_a_method_with_settings_travels_too(run: Path, tmp_path: Path) -> None:
+    gptq = {"name": "gptq", "mode": "weight_only_int4", "method": {"gptq": {"act_order": False}}}
+    folder = edited(run, tmp_path / "run", {"modes": [gptq, "weight_only_int8"], "gates": {}})
+    mixture = open_mixture(folder)
+    labels = {g.name: list(mixture.variants)[i % 2] for i, g in enumerate(mixture.groups)}
+    chosen = Selection(0, 0.0, labels)
+    layers = planned(mixed_recipe(mixture, chosen, "why"), tmp_path)[1]
+    assert_planned(mixture, layers, labels)
+    assert {plan.method for plan in layers.values()} == {"gptq", "rtn"}
 
 
 def test_sizes_of_uniform_choices_are_those_of_the_run(mixture: Mixture) -> None:
@@ -125,8 +135,7 @@ def test_sizes_of_uniform_choices_are_those_of_the_run(mixture: Mixture) -> None
     for name in WEIGHT_ONLY:
         assert mixture.fixed_bytes + sum(mixture.bytes_of(name, g) for g in mixture.groups) == sizes[name]
     assert mixture.whole_bytes == sizes["bf16"]
-    shapes: dict[str, Shape] = mixture.shapes
-    assert shapes["lm_head"] == (512, 64)
+    assert mixture.shapes["lm_head"] == (512, 64)
 
 
 def test_what_was_measured_is_kept_until_tokens_or_checkpoint_change(
@@ -198,8 +207,7 @@ def test_rules_of_the_run_stay_and_a_quantized_head_is_a_group(run: Path, tmp_pa
     folder = edited(run, tmp_path / "run", {"rules": rules, "gates": {}})
     mixture = open_mixture(folder, ["weight_only_int4", "weight_only_int8"])
     labels = {g.name: ("weight_only_int4", "weight_only_int8")[i % 2] for i, g in enumerate(mixture.groups)}
-    chosen = front(mixture.options({}))[0]
-    picked = type(chosen)(sum(mixture.bytes_of(labels[g.name], g) for g in mixture.groups), 0.0, labels)
+    picked = Selection(sum(mixture.bytes_of(labels[g.name], g) for g in mixture.groups), 0.0, labels)
     size, layers = planned(mixed_recipe(mixture, picked, "why"), tmp_path)
     assert size == picked.bytes + mixture.fixed_bytes
     assert layers["lm_head"].weights == "int8"
