@@ -94,7 +94,6 @@ def test_the_recipe_is_plain_and_says_where_it_comes_from(
 
 
 def test_blocks_of_one_kind_share_a_rule(mixture: Mixture) -> None:
-    """q/k/v and gate/up are one glob each; all blocks are a star, some a character class."""
     labels = {g.name: "weight_only_int8" for g in mixture.groups}
     labels |= {f"model.layers.{i}.qkv": "weight_only_int4" for i in range(3)}
     labels |= {f"model.layers.{i}.down": "bf16" for i in (0, 2)} | {"model.layers.1.gate_up": "bf16"}
@@ -124,8 +123,7 @@ def test_a_method_with_settings_travels_too(run: Path, tmp_path: Path) -> None:
     folder = edited(run, tmp_path / "run", {"modes": [gptq, "weight_only_int8"], "gates": {}})
     mixture = open_mixture(folder)
     labels = {g.name: list(mixture.variants)[i % 2] for i, g in enumerate(mixture.groups)}
-    chosen = Selection(0, 0.0, labels)
-    layers = planned(mixed_recipe(mixture, chosen, "why"), tmp_path)[1]
+    layers = planned(mixed_recipe(mixture, Selection(0, 0.0, labels), "why"), tmp_path)[1]
     assert_planned(mixture, layers, labels)
     assert {plan.method for plan in layers.values()} == {"gptq", "rtn"}
 
@@ -216,8 +214,7 @@ def test_rules_of_the_run_stay_and_a_quantized_head_is_a_group(run: Path, tmp_pa
 
 
 def test_budgets_are_given_once_and_make_sense(mixture: Mixture) -> None:
-    assert budget_of(mixture, 5, None) == 5
-    assert budget_of(mixture, None, 0.5) == mixture.whole_bytes // 2
+    assert (budget_of(mixture, 5, None), budget_of(mixture, None, 0.5)) == (5, mixture.whole_bytes // 2)
     for given in ((None, None), (1, 0.5)):
         with pytest.raises(RequestError, match="give the budget once"):
             budget_of(mixture, *given)
@@ -233,12 +230,10 @@ def test_too_few_tokens_and_no_run_are_refused(run: Path, mixture: Mixture, quie
 
 
 def test_lists_and_thinned_fronts() -> None:
-    assert listed(" a, b,,") == ["a", "b"]
-    assert listed(None) == []
+    assert (listed(" a, b,,"), listed(None)) == (["a", "b"], [])
     points = [{"bytes": i} for i in range(40)]
-    assert len(thinned(points)) == 12
-    assert thinned(points)[0] is points[0]
-    assert thinned(points)[-1] is points[-1]
+    few = thinned(points)
+    assert (len(few), few[0], few[-1]) == (12, points[0], points[-1])
     assert thinned(points[:1]) == points[:1]
 
 
@@ -298,8 +293,7 @@ def test_search_writes_a_recipe_that_calibrate_runs(quantbench: Command, run: Pa
 
 
 def test_an_impossible_budget_is_one_clear_line(quantbench: Command, run: Path, tmp_path: Path) -> None:
-    asked = ["search", run, "--budget-bytes", 1000, "--estimate", "-o", tmp_path / "no.yaml"]
-    done = quantbench(*asked)
+    done = quantbench("search", run, "--budget-bytes", 1000, "--estimate", "-o", tmp_path / "no.yaml")
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
