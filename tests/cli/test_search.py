@@ -275,8 +275,7 @@ def test_search_writes_a_recipe_that_calibrate_runs(quantbench: Command, run: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["chosen"]["bytes"] <= found["budget"]
-    losses = [point["loss"] for point in found["front"]]
-    assert losses == sorted(losses, reverse=True)
+    assert (losses := [point["loss"] for point in found["front"]]) == sorted(losses, reverse=True)
     off = [f"--set={stage}=off" for stage in ("parity", "throughput", "accuracy.divergence")]
     done = quantbench("calibrate", recipe, *off, f"--set=output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
