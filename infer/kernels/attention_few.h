@@ -51,24 +51,52 @@ QB_INLINE vf sums_of(const vf* x) {
 #endif
 }
 
+// Dot products of G queries with one key of V vectors; V 0: of `size` channels.
+template <CacheKind kind, int G, int V>
+QB_INLINE void score_key(const AttentionTile& t, int64_t q, const uint8_t* key, int64_t size, vf* acc) {
+    constexpr int64_t bytes = element_bytes(kind);
+    QB_UNROLL
+    for (int g = 0; g < G; ++g) acc[g] = vf{};
+    if constexpr (V > 0) {
+        QB_UNROLL
+        for (int i = 0; i < V; ++i) {
+            vf x = load_element(key + i * W * bytes, kind);
+            QB_UNROLL
+            for (int g = 0; g < G; ++g) acc[g] = fma(load(t.q[q + g] + i * W), x, acc[g]);
+        }
+    } else {
+        for (int64_t i = 0; i < size; i += W) {
+            vf x = load_element(key + i * bytes, kind);
+            QB_UNROLL
+            for (int g = 0; g < G; ++g) acc[g] = fma(load(t.q[q + g] + i), x, acc[g]);
+        }
+    }
+}
+
 // scores[q][key] for heads that are whole vectors, for G queries at a time.
-template <CacheKind kind, int G>
+template <CacheKind kind, int G, int V>
 static void score_page(AttentionTile& t, int64_t q, const uint8_t* page, int64_t size, int64_t from, int64_t to) {
     constexpr int64_t bytes = element_bytes(kind);
+    vf part[G][W], acc[G];
     for (int64_t base = from / W * W; base < to; base += W) {
-        vf part[G][W] = {};
-        for (int64_t j = larger(base, from); j < smaller(base + W, to); ++j) {
-            vf acc[G] = {};
-            for (int64_t i = 0; i < size; i += W) {
-                vf key = load_element(page + (j * size + i) * bytes, kind);
-                QB_UNROLL
-                for (int g = 0; g < G; ++g) acc[g] = fma(load(t.q[q + g] + i), key, acc[g]);
-            }
+        int64_t first = larger(base, from), last = smaller(base + W, to);
+        if (last - first < W)
+            for (int g = 0; g < G; ++g)
+                for (int l = 0; l < W; ++l) part[g][l] = vf{};
+        for (int64_t j = first; j < last; ++j) {
+            score_key<kind, G, V>(t, q, page + j * size * bytes, size, acc);
             QB_UNROLL
             for (int g = 0; g < G; ++g) part[g][j - base] = acc[g];
         }
         for (int g = 0; g < G; ++g) store(t.scores[q + g] + base, sums_of(part[g]));
     }
+}
+
+template <CacheKind kind, int G>
+static void score_page(AttentionTile& t, int64_t q, const uint8_t* page, int64_t size, int64_t from, int64_t to) {
+    if (size == 64) return score_page<kind, G, 64 / W>(t, q, page, size, from, to);
+    if (size == 128) return score_page<kind, G, 128 / W>(t, q, page, size, from, to);
+    score_page<kind, G, 0>(t, q, page, size, from, to);
 }
 
 // out[q] += scores[q] @ values, values decoded in registers.
