@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from quantbench.pipeline import discard
+from quantbench.pipeline import discard, give_freed_memory_back
 
 FILES = (
     "plan.json",
@@ -38,3 +40,15 @@ def test_a_stage_and_what_follows_it_are_deleted(tmp_path: Path, start: str | No
     discard(tmp_path, start)
     assert {p.name for p in tmp_path.iterdir()} == kept
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_freed_arrays_leave_the_process() -> None:
+    give_freed_memory_back()
+    arrays = [np.ones(8 << 20, np.uint8) for _ in range(16)]
+    before = resident_bytes()
+    del arrays[:-1]  # the last one holds the top of a heap, where there is one
+    assert before - resident_bytes() > 100 << 20

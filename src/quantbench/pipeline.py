@@ -5,6 +5,7 @@ load → plan → (collect → choose → apply → write, block by block) → v
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata as metadata
 import json
 import math
@@ -29,6 +30,7 @@ from quantbench.reports import write_report
 from quantbench.reports.progress import Progress
 from quantbench.validation import GATES_FILE, MEASUREMENTS, judge, validate
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
 # What `--from STAGE` deletes before it resumes, stage by stage; a later stage's products go too.
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "collect": ("statistics",),
@@ -64,6 +66,7 @@ def calibrate(recipe: str, options: Options, progress: Progress) -> dict[str, An
 
     Raises QuantbenchError with all that is wrong; what finished blocks left on disk stays for --resume.
     """
+    give_freed_memory_back()
     with progress:
         run = load(recipe, options)
         tokens = prepare(run, options)
@@ -71,6 +74,17 @@ def calibrate(recipe: str, options: Options, progress: Progress) -> dict[str, An
         validate(run.folder, run.recipe, run.source, run.plan, progress)
         judge(run.folder, run.recipe, run.source)
         return report(run, progress)
+
+
+def give_freed_memory_back() -> None:
+    """Arrays of 4 MiB and more return to the system when they are freed.
+
+    glibc raises that size to 32 MiB as it sees large arrays freed, and what is smaller then stays with the process:
+    0.3 GB of a demo run's peak, measured. Other C libraries have nothing to set.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def load(recipe: str, options: Options) -> Run:

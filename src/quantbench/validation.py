@@ -39,6 +39,7 @@ ACCURACY_FILE, THROUGHPUT_FILE, PARITY_FILE, GATES_FILE = (
     "gates.json",
 )
 MEASUREMENTS = (ACCURACY_FILE, THROUGHPUT_FILE, PARITY_FILE)  # in the order `evaluate_gates` takes them
+PARITY_CONTEXT = 257  # two traces of a window are held, with every tap of every layer: about 2 MB a token at 135M
 Engines = dict[str, EngineSpec]
 
 
@@ -95,7 +96,7 @@ def measure_parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan
 
     assert recipe.parity is not None
     first = recipe.accuracy.perplexity[0] if recipe.accuracy.perplexity else Perplexity()
-    context = min(first.context, recipe.parity.tokens + 1)
+    context = min(first.context, recipe.parity.tokens + 1, PARITY_CONTEXT)
     windows = [w.tolist() for w in eval_windows(first.data, recipe.parity.tokens, context, source.tokenizer())]
     progress.stage("parity", len(plan.variants))
     base = float_states(EngineSpec(recipe.model, "fp32"), windows)
