@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """For imports that print warnings and set up the whole program's logging, as Paddle's and PaddleSlim's do."""
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    root.level, root.handlers[:] = before
+
+
 @cache
 def import_paddle() -> Any:
     """The `paddle` module, quiet, with one thread for each of its operators. Raises DependencyError."""
@@ -26,8 +39,7 @@ def import_paddle() -> Any:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     os.environ.setdefault("GLOG_minloglevel", "2")
     threads = os.environ.get("OMP_NUM_THREADS")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_import():
         try:
             import paddle
         except ImportError as error:

@@ -13,7 +13,6 @@ examples do, most of them are wrong without a word; the adapters feed them so th
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.calibrate.forward import Float
-from quantbench.calibrate.paddle_device import import_paddle
+from quantbench.calibrate.paddle_device import import_paddle, quiet_import
 from quantbench.errors import CalibrationError, DependencyError
 from quantbench.registry import Registry
 
@@ -111,10 +110,7 @@ def _create(class_name: str) -> Any:
 @cache
 def _import_observers() -> Any:
     import_paddle()
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_import():
         try:
             from paddleslim.quant import observers
         except ImportError as error:
@@ -123,7 +119,6 @@ def _import_observers() -> Any:
                 "it with: pip install --no-deps paddleslim==2.6.0 && pip install six requests decorator scikit-learn "
                 "pyzmq (without --no-deps it brings an OpenCV that breaks numpy 2)"
             ) from error
-    root.level, root.handlers[:] = before  # its import configures the whole program's logging
     return observers
 
 

@@ -9,7 +9,6 @@ as well.
 from __future__ import annotations
 
 import io
-import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 Report = dict[str, Any]
-
-# Its first use on a machine logs that it looked at the fonts, wherever another library has opened the root logger.
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 INK, MUTED, LINE = "#1a1b1c", "#6b6c6d", "#d9dadb"  # stand-ins, never seen: see _VARIABLES
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}

@@ -65,3 +65,15 @@ def test_each_keeps_the_order_and_passes_errors_on(threads: int) -> None:
     assert list(each(threads, lambda x: x * x, range(10))) == [x * x for x in range(10)]
     with pytest.raises(ZeroDivisionError):
         list(each(threads, lambda x: 1 // x, [3, 2, 0, 1]))
+
+
+def test_the_programs_logging_is_left_alone() -> None:
+    code = (
+        "import logging\n"
+        "from quantbench.calibrate.paddle_device import import_paddle\n"
+        "import_paddle()\n"
+        "root = logging.getLogger()\n"
+        "assert root.level == logging.WARNING and not root.handlers, (root.level, root.handlers)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
