@@ -33,7 +33,15 @@ def words(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]
 _OBSERVERS = st.sampled_from(["absmax", "avg", "mse", "percentile", "paddleslim:hist", {"percentile": 99.5}])
 _WEIGHTS = words(group_size=st.sampled_from([32, 64, 128]), observer=st.sampled_from(["absmax", "mse"]))
 _ACTIVATIONS = words(dynamic=st.booleans(), observer=_OBSERVERS)
-_TRANSFORMS = st.lists(st.sampled_from(["smooth", {"smooth": {"alpha": 0.25}}]), max_size=2)
+_TRANSFORMS = st.sampled_from(
+    [
+        [],
+        ["smooth"],
+        [{"smooth": {"alpha": 0.25}}],
+        [{"smooth": {"targets": ["attn_in"]}}, {"smooth": {"targets": ["mlp_in"], "alpha": "search"}}],
+        ["piecewise"],
+    ]
+)
 _NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,9}", fullmatch=True).filter(lambda n: n.lower() not in MODES)
 _VARIANTS = st.fixed_dictionaries(
     {"name": _NAMES, "mode": st.sampled_from(["a8w8", "a8w8c8", "a8w8_fp8c8"])},
