@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# CI looks at the same examples every time, so that what passed here passes there; elsewhere every run looks at new ones.
+# CI looks at the same examples every time: what passed here passes there. Elsewhere every run looks at new ones.
 settings.register_profile("fresh", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "fresh")
