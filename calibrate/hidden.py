@@ -18,6 +18,7 @@ import numpy as np
 
 from quantbench.calibrate.forward import Float, Int
 from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.shard_writer import sync_to_disk
 
 _NAME = re.compile(r"hidden_(\d{5})\.f32")
 _DISK_TYPE = np.dtype("<f4")
@@ -116,9 +117,9 @@ class HiddenStates:
             return
         if self.values is not None:
             self._partial().write_bytes(_on_disk(self.values))
-        _sync(self._partial())
+        sync_to_disk(self._partial())
         os.replace(self._partial(), self._path())
-        _sync(self.work)
+        sync_to_disk(self.work)
         for old in self.work.glob("hidden_*.f32*"):
             if old != self._path():
                 old.unlink()
@@ -134,11 +135,3 @@ class HiddenStates:
 
 def _on_disk(values: Float) -> memoryview:
     return np.ascontiguousarray(values, _DISK_TYPE).data.cast("B")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -49,8 +49,8 @@ def write_shard(path: Path, tensors: Mapping[str, Array], record: Record) -> Non
     record.shards[path.name] = ShardRecord(8 + len(head) + end, digest.hexdigest())
 
 
-def sync_directory(path: Path) -> None:
-    """Flushes the entries of a directory, so that a rename in it survives a power cut."""
+def sync_to_disk(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

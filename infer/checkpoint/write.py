@@ -26,7 +26,7 @@ from quantbench.infer.checkpoint.quantized import expected_kinds
 from quantbench.infer.checkpoint.record import RECORD, Record, RecordedStore
 from quantbench.infer.checkpoint.scheme import quantization_config
 from quantbench.infer.checkpoint.shard import Array, ShardedStore
-from quantbench.infer.checkpoint.shard_writer import sync_directory, write_shard
+from quantbench.infer.checkpoint.shard_writer import sync_to_disk, write_shard
 from quantbench.infer.checkpoint.source import ModelSource, Quantization
 from quantbench.infer.checkpoint.tensors import linear_tensors
 from quantbench.infer.models import block_prefix, outer_tensors
@@ -129,7 +129,7 @@ class CheckpointWriter:
             raise CheckpointError(*(f"variant {self.variant.name}: {problem}" for problem in problems))
         record = self._empty_record()
         write_shard(self._staging / self._shard_name(index), stored, record)
-        sync_directory(self._staging)  # the record must not reach the disk before the shard it vouches for
+        sync_to_disk(self._staging)  # the record must not reach the disk before the shard it vouches for
         write_atomically(self._record_path(index), record.to_json())
 
     def _as_stored(self, name: str, array: Array) -> Array:
@@ -197,13 +197,13 @@ class CheckpointWriter:
             raise CheckpointError(*(f"{self._staging}: {f.name}: {f.message}" for f in errors))
 
     def _rename(self) -> None:
-        sync_directory(self._staging)
+        sync_to_disk(self._staging)
         old = self.path.with_name(self.path.name + ".replaced")
         shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
             os.replace(self.path, old)
         os.replace(self._staging, self.path)
-        sync_directory(self.path.parent)
+        sync_to_disk(self.path.parent)
         shutil.rmtree(self.partial)
         shutil.rmtree(old, ignore_errors=True)
 
