@@ -27,15 +27,21 @@ from quantbench.recipes.sections import (
     Throughput,
     Weights,
 )
-from quantbench.recipes.transforms import Gptq, Method, Piecewise, Smooth, Transform
+from quantbench.recipes.transforms import Method, Transform
 from quantbench.recipes.values import Shown, Words
 from quantbench.vocabulary import DEFAULT_GRANULARITY, GRANULARITIES, MODES
 
+
+def _words(title: str, section: type[Section]) -> list[tuple[str, type[Section]]]:
+    """The words of a section with one key, those that have settings."""
+    settings = {name: plain(field.annotation) for name, field in section.model_fields.items()}
+    return [(f"{title}: {name}", word) for name, word in settings.items() if word.model_fields]
+
+
 _SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("modes", Variant), ("calibration", Calibration), ("weights", Weights), ("activations", Activations),
-    ("cache_kv", CacheKV), ("transforms", Transform), ("transforms: smooth", Smooth),
-    ("transforms: piecewise", Piecewise), ("method", Method),
-    ("method: gptq", Gptq), ("rules", Rule),
+    ("cache_kv", CacheKV), ("transforms", Transform), *_words("transforms", Transform), ("method", Method),
+    *_words("method", Method), ("rules", Rule),
     ("accuracy", Accuracy), ("accuracy: perplexity", Perplexity), ("accuracy: divergence", Divergence),
     ("accuracy: choices", Choices), ("throughput", Throughput), ("parity", Parity), ("gates", Gates),
 )  # fmt: skip
