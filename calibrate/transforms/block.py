@@ -1,0 +1,58 @@
+"""One block as a transform finds it, and the registry of transforms: a recipe word and what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantbench.errors import CalibrationError, RecipeError, unknown
+from quantbench.infer.models import ModelConfig, block_prefix
+from quantbench.registry import Registry
+from quantbench.scales.arrays import F32
+from quantbench.scales.statistics import Statistics
+from quantbench.scales.table import Entry, ScaleTable
+from quantbench.vocabulary import DEFAULT_TARGETS, SMOOTH_TARGETS, LayerPlan, VariantPlan
+
+Sample = Callable[[Collection[str]], dict[str, F32]]  # taps -> {tap: some rows of it [T, C]}, untransformed
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block as calibration found it: weights by name within the block, statistics by tap, both untransformed."""
+
+    layer: int
+    weights: Mapping[str, F32]
+    statistics: Mapping[str, Statistics]
+    variant: VariantPlan
+    config: ModelConfig
+    sample: Sample | None = None
+
+    @property
+    def prefix(self) -> str:
+        return block_prefix(self.layer)
+
+    def plan(self, linear: str) -> LayerPlan | None:
+        """The plan of a quantized linear, or None where it stays float."""
+        plan = self.variant.layers.get(f"{self.prefix}.{linear}")
+        return plan if plan is not None and plan.quantized else None
+
+    def tap(self, seen: Mapping[str, Statistics], tap: str) -> Statistics:
+        """Raises CalibrationError where a tap was not observed."""
+        if tap not in seen:
+            known = ", ".join(seen) or "none at all"
+            raise CalibrationError(f"{self.prefix}: no statistics of tap {tap!r} ({known} known)")
+        return seen[tap]
+
+
+Transform = Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
+TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)
+
+
+def require_known(options: Mapping[str, Any], name: str, known: Collection[str]) -> None:
+    """Raises RecipeError listing every option and target that `name` does not know."""
+    targets = options.get("targets", DEFAULT_TARGETS)
+    problems = [unknown(f"{name} target", str(t), SMOOTH_TARGETS) for t in targets if t not in SMOOTH_TARGETS]
+    problems += [unknown(f"{name} option", str(k), known) for k in options if k not in known]
+    if problems:
+        raise RecipeError(*problems)
