@@ -1,0 +1,54 @@
+"""Memory of a step: rooms in large slabs, taken first fit, given back when nobody holds them.
+
+The same sequence of calls gets the same addresses, whatever ran before, because neighbours are joined when they are
+given back. Slabs are never returned to the device.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+
+ALIGN = 256
+SLAB = 64 << 20
+
+
+class Block:
+    """A room of `size` bytes at `pointer`. Dropping it gives the room back."""
+
+    def __init__(self, arena: Arena, pointer: int, size: int) -> None:
+        self.arena, self.pointer, self.size = arena, pointer, size
+
+    def __del__(self) -> None:
+        self.arena.give(self.pointer, self.size)
+
+
+class Arena:
+    """`slab(size)` gives the address of new memory."""
+
+    def __init__(self, slab: Callable[[int], int]) -> None:
+        self._slab = slab
+        self._free: list[tuple[int, int]] = []  # (address, size), by address
+        self.bytes = 0  # of all slabs
+
+    def take(self, size: int) -> Block:
+        needed = -(-size // ALIGN) * ALIGN
+        for i, (pointer, room) in enumerate(self._free):
+            if room >= needed:
+                self._free[i : i + 1] = [(pointer + needed, room - needed)] if room > needed else []
+                return Block(self, pointer, needed)
+        fresh = max(SLAB, needed)
+        pointer = self._slab(fresh)
+        self.bytes += fresh
+        self.give(pointer, fresh)
+        return self.take(size)
+
+    def give(self, pointer: int, size: int) -> None:
+        insort(self._free, (pointer, size))
+        i = next(i for i, (start, _) in enumerate(self._free) if start == pointer)
+        for left in (i, i - 1):  # join the next, then the one before
+            if 0 <= left < len(self._free) - 1:
+                start, room = self._free[left]
+                following, more = self._free[left + 1]
+                if start + room == following:
+                    self._free[left : left + 2] = [(start, room + more)]

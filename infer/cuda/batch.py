@@ -1,0 +1,41 @@
+"""What the layers of one step need to know, on the device: indices of tokens and sequences, and the cache's pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantbench.infer.cuda.array import DeviceArray
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """`types.Batch` on the device. The host numbers bound grids; lengths are read on the device, so that a captured
+    graph serves every step. A padded row has slot -1 and its sequence context 0: nothing is written for it."""
+
+    ids: DeviceArray  # i32[T]
+    positions: DeviceArray  # i32[T]
+    slots: DeviceArray  # i64[T]
+    starts: DeviceArray  # i32[S + 1]
+    context: DeviceArray  # i32[S]
+    tables: DeviceArray  # i32[S, P]
+    decode: bool  # every sequence has one row
+    max_context: int  # no context is longer
+    max_rows: int  # no sequence has more rows
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.context)
+
+
+@dataclass(frozen=True)
+class DeviceCache:
+    """`types.LayerCache` on the device: pages [pages, kv_heads, 64, head_dim], scales f32[kv_heads]."""
+
+    k: DeviceArray
+    v: DeviceArray
+    k_scale: DeviceArray
+    v_scale: DeviceArray
