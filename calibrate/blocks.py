@@ -24,7 +24,7 @@ from quantbench.calibrate.forward import BlockForward, Float
 from quantbench.calibrate.hidden import HiddenStates
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
-from quantbench.calibrate.transforms import Sample
+from quantbench.calibrate.transforms import Sample, hessian_taps
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.checkpoint.write import CheckpointWriter
@@ -169,11 +169,12 @@ def hand_on(job: BlockJob, writer: CheckpointWriter, layer: int, hidden: HiddenS
 
 
 def what_to_observe(job: BlockJob, stream: Stream) -> Collect:
-    """Everything any variant of the stream asks for: live observers by name, Hessians where a method needs them."""
+    """Everything any variant of the stream asks for: live observers by name, Hessians where a word needs them."""
     plans = [p for v in stream.variants for p in v.layers.values()]
     live = {p.activation_observer for p in plans if p.activations} | {v.cache.observer for v in stream.variants}
     hungry = {p.name for p in plans if p.quantized and METHODS[p.method].needs_hessian}
     taps = {line.tap for line in LINEARS for name in hungry if name.endswith(line.name)}
+    taps |= {tap for v in stream.variants for tap in hessian_taps(v)}
     return Collect(hessian=sorted(taps), observers=sorted(o for o in live if ":" in o), batch=job.batch)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from quantbench.calibrate.apply import fold_block, tap_factors, transformed
 from quantbench.calibrate.transforms import TRANSFORMS, Block, Sample
+from quantbench.calibrate.transforms.weight_entries import fused_groups, short, weight_entries
 from quantbench.errors import CalibrationError
 from quantbench.infer.models import LINEARS, ModelConfig
-from quantbench.infer.models.family import Linear
 from quantbench.quantizers.formats import FORMATS
 from quantbench.quantizers.weight_range import WeightRange, weight_entry, weight_range
 from quantbench.scales.arrays import F32
@@ -46,16 +46,21 @@ def choose_block(
     table = ScaleTable()
     for transform in variant.transforms:
         for name, options in transform.items():
-            for entry in TRANSFORMS[name](block, table, options or {}):
+            for entry in TRANSFORMS[name].decide(block, table, options or {}):
                 table.add(entry)
     seen = _observed(block, table, reobserve)
+    folded = fold_block(layer, weights, table, config)
     for entry in (
-        *_weights(block, fold_block(layer, weights, table, config)),
+        *(e for e in weight_entries(block, folded, _observed_range) if e.name not in table),
         *_inputs(block, seen),
         *_caches(block, seen),
     ):
         table.add(entry)
     return table
+
+
+def _observed_range(w: F32, plan: LayerPlan, tap: str) -> WeightRange:
+    return weight_range(w, plan)
 
 
 def _observed(block: Block, table: ScaleTable, reobserve: Reobserve | None) -> dict[str, Statistics]:
@@ -81,22 +86,8 @@ def _observers(block: Block, tap: str) -> set[str]:
     return names
 
 
-def _weights(block: Block, folded: Mapping[str, F32]) -> Iterator[Entry]:
-    for group in _fused_groups():
-        plans = [(p, folded[f"{line.name}.weight"]) for line in group if (p := block.plan(line.name))]
-        tied = [p for p, _ in plans if p.weights == "fp8_e4m3" and p.granularity == "tensor"]
-        ranges = {p.name: weight_range(w, p) for p, w in plans}
-        largest = max((float(ranges[p.name].high[0]) for p in tied), default=0.0)
-        for plan, w in plans:
-            chosen, note = ranges[plan.name], ""
-            if len(tied) > 1 and plan in tied:
-                high = np.array([largest], np.float32)
-                chosen, note = WeightRange(-high, high), f", the largest of {_short(tied)}"
-            yield weight_entry(w, plan, chosen, note)
-
-
 def _inputs(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
-    for group in _fused_groups():
+    for group in fused_groups():
         plans = [p for line in group if (p := block.plan(line.name)) and p.activations]
         static = [p for p in plans if not p.dynamic]
         shared = input_range(static, block.tap(seen, group[0].tap)) if static else None
@@ -139,7 +130,7 @@ def input_range(plans: Sequence[LayerPlan], seen: Statistics) -> InputRange:
 
 def static_input(plan: LayerPlan, shared: InputRange, group: Sequence[LayerPlan]) -> Entry:
     record = FORMATS[str(plan.activations)]
-    note = f", shared by {_short(group)}" if len(group) > 1 else ""
+    note = f", shared by {short(group)}" if len(group) > 1 else ""
     return Entry(
         name=f"{plan.name}.input",
         kind="input",
@@ -186,15 +177,6 @@ def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
         )
 
 
-def _fused_groups() -> list[list[Linear]]:
-    labels = list(dict.fromkeys(line.fused for line in LINEARS))
-    return [[line for line in LINEARS if line.fused == label] for label in labels]
-
-
 def _reason(observer: str, s: Statistics) -> str:
     batches = "1 batch, " if s.batches == 1 else f"{s.batches} batches, " if s.batches else ""
     return f"{observer} over {batches}{s.tokens} tokens"
-
-
-def _short(plans: Sequence[LayerPlan]) -> str:
-    return ", ".join(p.name.split(".")[-1] for p in plans)

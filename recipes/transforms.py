@@ -71,12 +71,34 @@ class Piecewise(Section):
     )
 
 
+class Rotate(Section):
+    """Rotation (QuaRot, Ashkboos et al. 2024; SpinQuant's R1 and R2): outlier channels spread over all channels."""
+
+    seed: int = Field(default=0, ge=0, description="Of the random signs. Variants with equal words share statistics.")
+    r2: bool = Field(default=True, description="Turn every head's values too, and with them the V cache.")
+
+
+class Clip(Section):
+    """AutoClip (AWQ's weight clipping, Lin et al. 2023): each weight range by the error of the outputs."""
+
+    max_shrink: float = Field(default=0.5, ge=0, lt=1, description="Share of a range that may be given up.")
+    steps: int = Field(default=20, ge=1, le=200, description="Ranges tried are 1, 1 - 1/steps, … of the whole.")
+    hessian: Annotated[str, Words("hessian", ("full", "diagonal"))] = Field(
+        default="full", description="full: inputs as correlated as they are; diagonal: as if they were not (faster)."
+    )
+    targets: Rows[Target] = Field(
+        default=SMOOTH_TARGETS, min_length=1, description="Inputs whose linears get such ranges."
+    )
+
+
 class Transform(Section):
     """One change of the float model before it is quantized. Exactly one key."""
 
     key_kind: ClassVar[str] = "transform"
     smooth: Smooth | None = Field(default=None, description="SmoothQuant, alpha fixed or searched.")
+    rotate: Rotate | None = Field(default=None, description="Another basis for the same float model. Comes first.")
     piecewise: Piecewise | None = Field(default=None, description="Smoothing searched for clusters of channels.")
+    clip: Clip | None = Field(default=None, description="AutoClip: weight ranges of least output error.")
 
     @model_validator(mode="before")
     @classmethod
@@ -89,8 +111,8 @@ class Transform(Section):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The taps whose channels it scales."""
-        return tuple(getattr(self, self.name).targets)
+        """The taps whose channels it scales; none for a rotation."""
+        return tuple(getattr(getattr(self, self.name), "targets", ()))
 
 
 class Rtn(Section):

@@ -45,8 +45,31 @@ class Block:
         return seen[tap]
 
 
-Transform = Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
+@dataclass(frozen=True)
+class Transform:
+    """What a recipe word decides: `decide(block, table so far, the word's options)` -> entries for the table.
+
+    targets: the taps it works on unless the recipe says otherwise. needs_hessian: of
+    those taps it asks for the sum of x xT.
+    """
+
+    decide: Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    needs_hessian: bool = False
+
+
 TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)
+
+
+def hessian_taps(variant: VariantPlan) -> set[str]:
+    """The taps whose Hessians the variant's transforms ask for."""
+    return {
+        tap
+        for words in variant.transforms
+        for name, options in words.items()
+        if TRANSFORMS[name].needs_hessian
+        for tap in (options or {}).get("targets", TRANSFORMS[name].targets)
+    }
 
 
 def require_known(options: Mapping[str, Any], name: str, known: Collection[str]) -> None:

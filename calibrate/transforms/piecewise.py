@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantbench.calibrate.transforms.block import TRANSFORMS, Block, require_known
+from quantbench.calibrate.transforms.block import TRANSFORMS, Block, Transform, require_known
 from quantbench.calibrate.transforms.target import Target, quantized_taps, readers, smooth_entry, told
 from quantbench.quantizers.piecewise import PieceGrid, search_pieces
 from quantbench.scales.table import Entry, ScaleTable
 from quantbench.vocabulary import DEFAULT_TARGETS
 
 
-@TRANSFORMS.register("piecewise")
 def piecewise(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> list[Entry]:
     """Factors searched for clusters of channels: quantizers/piecewise.py.
 
@@ -30,3 +29,6 @@ def piecewise(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> li
         why = f"piecewise ({'; '.join(found.words)}): {told(found.loss, found.plain, readers(target))}"
         decided.add(smooth_entry(target, channels, found.factors, why))
     return [entry for entry in decided if entry.name not in table]
+
+
+TRANSFORMS.add("piecewise", Transform(piecewise))

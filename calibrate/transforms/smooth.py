@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from quantbench.calibrate.transforms.block import TRANSFORMS, Block, require_known
+from quantbench.calibrate.transforms.block import TRANSFORMS, Block, Transform, require_known
 from quantbench.calibrate.transforms.target import Target, quantized_taps, readers, smooth_entry, told
 from quantbench.quantizers.smooth_search import search_alpha
 from quantbench.scales.table import Entry, ScaleTable
 from quantbench.vocabulary import DEFAULT_TARGETS
 
 
-@TRANSFORMS.register("smooth")
 def smooth(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> list[Entry]:
     """SmoothQuant factors of every target whose linears have quantized inputs; quantizers/smooth.py has the formula.
 
@@ -38,3 +37,6 @@ def _entry(target: Target, alpha: float | str) -> Entry:
         return smooth_entry(target, channels, np.ones_like(channels.act), why)
     why = f"SmoothQuant alpha {found.alpha:g}, searched: {told(found.loss, found.plain, behind)}"
     return smooth_entry(target, channels, channels.factors(found.alpha), why)
+
+
+TRANSFORMS.add("smooth", Transform(smooth))
