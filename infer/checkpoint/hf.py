@@ -9,6 +9,7 @@ from typing import Any
 
 from quantbench.errors import ModelError
 from quantbench.infer.checkpoint.check import shown, tensor_problems
+from quantbench.infer.checkpoint.prefix import KEY, read_prefix
 from quantbench.infer.checkpoint.record import open_store
 from quantbench.infer.checkpoint.source import EMBEDDING, ModelSource
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ def open_directory(path: Path, name: str | None = None) -> ModelSource:
         hf_config=hf_config,
         store=store,
         load_tokenizer=lambda: Tokenizer.from_directory(path, config.bos_token_id, config.eos_token_ids),
+        prefix=read_prefix(path, hf_config[KEY], config) if KEY in hf_config else None,
     )
     if quantized:
         from quantbench.infer.checkpoint.quantized import open_quantized

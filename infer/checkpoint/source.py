@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.errors import ModelError
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.shard import Array, TensorStore
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
 from quantbench.infer.models import LINEARS, ModelConfig, biased, block_prefix, block_tensors
@@ -53,7 +54,8 @@ class Quantization:
 
 @dataclass
 class ModelSource:
-    """An opened model. `path` is the directory or file; `config` its dimensions; `quantization` None for float ones."""
+    """An opened model. `path` is the directory or file; `config` its dimensions; `quantization` None for float ones.
+    `prefix`: what stands in front of every sequence, for the few checkpoints that have one."""
 
     name: str
     path: Path
@@ -62,6 +64,7 @@ class ModelSource:
     store: TensorStore
     load_tokenizer: Callable[[], Tokenizer] = field(repr=False)
     quantization: Quantization | None = None
+    prefix: Prefix | None = None
 
     def names(self) -> list[str]:
         """Full HF names of the stored tensors."""

@@ -22,6 +22,7 @@ import numpy as np
 from quantbench import __version__
 from quantbench.errors import CheckpointError
 from quantbench.infer.checkpoint.lint import lint_checkpoint
+from quantbench.infer.checkpoint.prefix import KEY, Prefix, write_prefix
 from quantbench.infer.checkpoint.quantized import expected_kinds
 from quantbench.infer.checkpoint.record import RECORD, Record, RecordedStore
 from quantbench.infer.checkpoint.scheme import quantization_config
@@ -73,8 +74,8 @@ class CheckpointWriter:
         full = {name if name.startswith(prefix) else prefix + name: array for name, array in tensors.items()}
         self._commit(layer, full, {n for n in self._kinds if n.startswith(prefix)})
 
-    def finish(self, table: ScaleTable) -> Path:
-        """Completes the checkpoint, with the seed's scale tables beside the shards, and returns its path."""
+    def finish(self, table: ScaleTable, prefix: Prefix | None = None) -> Path:
+        """Completes the checkpoint, with the seed's scale tables and the prefix beside the shards; returns its path."""
         if self.done:
             return self.path
         missing = sorted(set(range(self._config.num_layers)) - set(self.committed_blocks()))
@@ -84,7 +85,7 @@ class CheckpointWriter:
         if not self._record_path(outside).exists():
             self._commit(outside, self._outer(table), {n for n in self._kinds if ".layers." not in n})
         record = self._merged_record()
-        self._write_texts(record, table)
+        self._write_texts(record, table, prefix)
         self._lint()
         self._rename()
         _compare(self.path, record)
@@ -171,12 +172,13 @@ class CheckpointWriter:
             record.add(Record.read(self._record_path(index)))
         return record
 
-    def _write_texts(self, record: Record, table: ScaleTable) -> None:
+    def _write_texts(self, record: Record, table: ScaleTable, prefix: Prefix | None) -> None:
         weight_map = {name: tensor.file for name, tensor in sorted(record.tensors.items())}
         total = sum(tensor.bytes for tensor in record.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomically(self._staging / "model.safetensors.index.json", _json(index))
-        write_atomically(self._staging / "config.json", _json(self._hf_config()))
+        entry = {} if prefix is None else {KEY: write_prefix(self._staging, prefix)}
+        write_atomically(self._staging / "config.json", _json(self._hf_config() | entry))
         generation = self.source.path / "generation_config.json"
         if generation.is_file():
             write_atomically(self._staging / generation.name, generation.read_bytes())
@@ -186,7 +188,7 @@ class CheckpointWriter:
         write_atomically(self._staging / RECORD, record.to_json())
 
     def _hf_config(self) -> dict[str, Any]:
-        config = {k: v for k, v in self.source.hf_config.items() if k not in ("quantization_config", "dtype")}
+        config = {k: v for k, v in self.source.hf_config.items() if k not in ("quantization_config", "dtype", KEY)}
         config |= {"torch_dtype": self.variant.dtype, "tie_word_embeddings": self._config.tie_word_embeddings}
         quantization = quantization_config(self.variant)
         return config if quantization is None else config | {"quantization_config": quantization}

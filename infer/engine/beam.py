@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.errors import RequestError
+from quantbench.infer.engine.cache import pages_for
 from quantbench.infer.engine.forward import Rows
 from quantbench.infer.engine.runner import Runner
 from quantbench.infer.ops import PAGE
@@ -66,7 +67,7 @@ class BeamSearch:
 
     def __init__(self, runner: Runner, prompt: list[int], params: BeamParams, stop_ids: frozenset[int]) -> None:
         self._runner, self._prompt, self._params, self._stop_ids = runner, prompt, params, stop_ids
-        self._pool = runner.cache.pool
+        self._pool, self._offset = runner.cache.pool, runner.cache.prefix_length
         self._live: list[_Live] = []
         self._finished: list[Beam] = []
 
@@ -94,7 +95,7 @@ class BeamSearch:
         for start in range(0, len(self._prompt), chunk):
             ids = self._prompt[start : start + chunk]
             self._reserve(only, start + len(ids))
-            logits = self._runner.compute([Rows(ids, start, only.pages)], [0])
+            logits = self._runner.compute([Rows(ids, self._offset + start, only.pages)], [0])
         return _log_softmax(logits)
 
     def _decode(self) -> F64:
@@ -103,7 +104,7 @@ class BeamSearch:
         for live in self._live:
             position = len(self._prompt) + len(live.ids) - 1
             self._reserve(live, position + 1)
-            rows.append(Rows(live.ids[-1:], position, live.pages))
+            rows.append(Rows(live.ids[-1:], self._offset + position, live.pages))
         return _log_softmax(self._runner.compute(rows, list(range(len(rows)))))
 
     def _choose(self, log_probabilities: F64) -> None:
@@ -132,8 +133,8 @@ class BeamSearch:
         for number, parent in enumerate(parents):
             if number not in children:
                 self._pool.release(parent.pages)
-        partly = (len(self._prompt) + len(parents[0].ids)) % PAGE  # all tokens of the parents are in the cache
-        copies = self._allocate(len(chosen) - len(children) if partly else 0)
+        held = self._offset + len(self._prompt) + len(parents[0].ids)  # all tokens of the parents are in the cache
+        copies = self._allocate(len(chosen) - len(children) if held % PAGE else 0)
         self._live = []
         first: set[int] = set()
         for number, token in chosen:
@@ -152,7 +153,7 @@ class BeamSearch:
         return [self._pool.share(page) for page in pages[:-1]] + [copy]
 
     def _reserve(self, live: _Live, tokens: int) -> None:
-        live.pages += self._allocate(max(0, -(-tokens // PAGE) - len(live.pages)))
+        live.pages += self._allocate(max(0, pages_for(self._offset + tokens) - len(live.pages)))
 
     def _allocate(self, count: int) -> list[int]:
         pages = self._pool.allocate(count)

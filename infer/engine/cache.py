@@ -14,8 +14,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.models import ModelConfig
 from quantbench.infer.ops import PAGE, LayerCache
+from quantbench.quantizers.formats import FORMATS
+from quantbench.scales.arrays import Array
 
 _STORAGE: dict[str, npt.DTypeLike] = {
     "float32": np.float32,
@@ -24,7 +27,8 @@ _STORAGE: dict[str, npt.DTypeLike] = {
     "int8": np.int8,
     "fp8_e4m3": ml_dtypes.float8_e4m3fn,
 }
-Scales = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+F32 = npt.NDArray[np.float32]
+Scales = tuple[F32, F32]
 
 
 def pages_for(tokens: int) -> int:
@@ -120,13 +124,45 @@ class PagePool:
 
 
 class KVCache:
-    """The pages of every layer. `scales[layer]` are K's and V's of an int8 or fp8 cache, None of a float one."""
+    """The pages of every layer. `scales[layer]` are K's and V's of an int8 or fp8 cache, None of a float one.
 
-    def __init__(self, config: ModelConfig, cache_format: str, tokens: int, scales: list[Scales | None]) -> None:
+    `prefix` stands in front of every sequence; `spare` pages beyond those of `tokens` are there to hold it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache_format: str,
+        tokens: int,
+        scales: list[Scales | None],
+        prefix: Prefix | None = None,
+        spare: int = 0,
+    ) -> None:
         self.format = cache_format
-        self.pool = PagePool(pages_for(tokens))
+        self.pool = PagePool(pages_for(tokens) + spare)
         self.layers = [allocate_layer(config, cache_format, self.pool.pages, s) for s in scales]
+        self.prefix_length = len(prefix) if prefix else 0
+        self._prefix = [self._held(prefix, number) for number in range(config.num_layers)] if prefix else []
 
     @property
     def nbytes(self) -> int:
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+
+    def begin(self, pages: list[int]) -> None:
+        """Puts the prefix into the first slots of a sequence's pages: every sequence fills up the last page of it."""
+        for layer, (k, v) in zip(self.layers, self._prefix, strict=False):  # no prefix, nothing to put
+            for number, start in enumerate(range(0, self.prefix_length, PAGE)):
+                part, count = slice(start, start + PAGE), min(PAGE, self.prefix_length - start)
+                layer.k[pages[number], :, :count], layer.v[pages[number], :, :count] = k[:, part], v[:, part]
+
+    def _held(self, prefix: Prefix, number: int) -> tuple[Array, Array]:
+        """K and V [kv_heads, p, head_dim] of one layer as its pages hold them."""
+        layer = self.layers[number]
+        return (
+            _encoded(prefix.k[number], self.format, layer.k.dtype, layer.k_scale),
+            _encoded(prefix.v[number], self.format, layer.v.dtype, layer.v_scale),
+        )
+
+
+def _encoded(heads: F32, cache_format: str, dtype: np.dtype[np.generic], scale: F32) -> Array:
+    return FORMATS[cache_format].encode(heads, scale[:, None, None]) if dtype.itemsize == 1 else heads.astype(dtype)

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.errors import ModelError, RequestError
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
 from quantbench.infer.engine import cost
 from quantbench.infer.engine.beam import Beam, BeamParams, BeamSearch
-from quantbench.infer.engine.cache import KVCache
+from quantbench.infer.engine.cache import KVCache, pages_for
 from quantbench.infer.engine.limits import check_ids, limits_of
 from quantbench.infer.engine.mode import resolve_mode
 from quantbench.infer.engine.request import Completion, Output, Request, Token
@@ -58,26 +59,31 @@ class Engine:
         max_batch: int = 32,
         chunk: int = 512,
         prefix_reuse: bool = True,
+        prefix: Prefix | None = None,
     ) -> Engine:
         """Loads `model` (what `open_model` takes) with weights packed for `ops`.
 
         `mode` None: as stored. A float source also loads as fp32, bf16, fp16 (cast) or weight_only_int8,
         weight_only_int4, a8w8, a8w8_fp8 (round-to-nearest, activations dynamic per token). `cache_tokens` bounds all
         sequences together, `max_batch` how many run at once, `chunk` the prompt tokens of one step. `threads` sets
-        the pool that all native engines of the process share.
+        the pool that all native engines of the process share. `prefix` None: the checkpoint's own, if it has one; its
+        tokens are in front of every sequence, and never counted or returned.
         Raises ModelError, CheckpointError (see `open_model`), RequestError (mode, sizes), DependencyError (ops).
         """
         begin = time.perf_counter()
         source = model if isinstance(model, ModelSource) else open_model(model)
         own, converts = resolve_mode(source, mode)
-        limits = limits_of(source.config, own.cache, cache_tokens, max_batch, chunk)
+        prefix = prefix or source.prefix
+        length = len(prefix) if prefix else 0
+        limits = limits_of(source.config, own.cache, cache_tokens, max_batch, chunk, length)
         table = load_ops(ops) if isinstance(ops, str) else ops
         if threads is not None:
             table.set_threads(threads)
         weights = load_model(source, table, own if converts else None)
         scales = [source.cache_scales(layer) for layer in range(source.config.num_layers)]
-        cache = KVCache(source.config, own.cache, limits.cache_tokens, scales)
-        scheduler = Scheduler(cache.pool, limits.max_batch, limits.chunk, prefix_reuse)
+        spare = limits.max_batch * pages_for(length)
+        cache = KVCache(source.config, own.cache, limits.cache_tokens, scales, prefix, spare)
+        scheduler = Scheduler(cache.pool, limits.max_batch, limits.chunk, prefix_reuse, length)
         engine = cls(source, own, Runner(table, weights, cache, limits), scheduler)
         engine.load_seconds = time.perf_counter() - begin
         return engine
@@ -98,11 +104,16 @@ class Engine:
 
     def bytes_per_token(self, batch: int, context: int) -> float:
         """Bytes read from memory per decoded token; see `cost.bytes_per_token`."""
-        return cost.bytes_per_token(self.runner.model, self.mode.cache, batch, context)
+        return cost.bytes_per_token(self.runner.model, self.mode.cache, batch, context + self.prefix_length)
 
     def operations_per_token(self, context: int) -> float:
         """Multiplications and additions per token; see `cost.operations_per_token`."""
-        return cost.operations_per_token(self.runner.model, context)
+        return cost.operations_per_token(self.runner.model, context + self.prefix_length)
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the checkpoint's prefix; 0 for most."""
+        return self.runner.cache.prefix_length
 
     def score(self, ids: Sequence[int]) -> F32:
         """Logits f32[T, V] of every position of one window, computed in chunks on pages of its own.

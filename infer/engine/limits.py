@@ -16,7 +16,8 @@ CACHE_BYTES = 1 << 30  # of a cache whose size nobody asked for; untouched pages
 
 @dataclass(frozen=True)
 class Limits:
-    """Capacities of one engine, in tokens except `max_batch` (sequences)."""
+    """Capacities of one engine, in tokens except `max_batch` (sequences). A prefix is never counted: its positions and
+    its room in the cache are set aside."""
 
     cache_tokens: int  # all sequences together, a multiple of 64
     max_length: int  # of one generated sequence, prompt included
@@ -27,11 +28,14 @@ class Limits:
     window_reason: str  # what bounds max_window
 
 
-def limits_of(config: ModelConfig, cache_format: str, cache_tokens: int | None, max_batch: int, chunk: int) -> Limits:
+def limits_of(
+    config: ModelConfig, cache_format: str, cache_tokens: int | None, max_batch: int, chunk: int, prefix: int = 0
+) -> Limits:
     """Limits of an engine. Raises RequestError for sizes below one, all at once.
 
     Dynamic RoPE turns every key anew as a sequence grows past the trained length; keys in a cache cannot follow, so
-    generation ends there. A window that is scored at once knows its length and may be `factor` times longer.
+    generation ends there. A window that is scored at once knows its length and may be `factor` times longer, unless
+    it stands behind a `prefix` of so many tokens, whose keys were turned for the trained length.
     """
     sizes = {"cache_tokens": 1 if cache_tokens is None else cache_tokens, "max_batch": max_batch, "chunk": chunk}
     if problems := [f"{name}: {size} is below 1" for name, size in sizes.items() if size < 1]:
@@ -40,8 +44,11 @@ def limits_of(config: ModelConfig, cache_format: str, cache_tokens: int | None, 
     reason = window_reason = "the model's positions"
     if config.rope.kind == "dynamic":
         trained = config.rope.original_max_positions
-        reach = int(trained * config.rope.factor)
+        reach = trained if prefix else int(trained * config.rope.factor)
         reason = "the trained length: with dynamic RoPE a KV cache cannot grow beyond it (scoring a window can)"
+    if prefix:
+        trained, reach = trained - prefix, reach - prefix
+        reason = window_reason = f"{reason}, {prefix} of which the checkpoint's prefix takes"
     if cache_tokens is None:
         affordable = CACHE_BYTES // token_bytes(config, cache_format)
         cache_tokens = max(PAGE, min(max(reach, max_batch * 512), affordable))

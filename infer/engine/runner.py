@@ -25,16 +25,19 @@ class Runner:
 
     def __init__(self, ops: Ops, model: Model, cache: KVCache, limits: Limits) -> None:
         self.ops, self.model, self.cache, self.limits = ops, model, cache, limits
-        self._rope = rope_tables(model.config, limits.max_length)
+        self._offset = cache.prefix_length  # of every position: the prefix stands in front of each sequence
+        self._rope = rope_tables(model.config, limits.max_length + self._offset)
 
     def step(self, work: list[Chunk]) -> tuple[list[Running], F32]:
         """Computes `work`. Returns the sequences whose newest token was in it, and the logits f32[S, V] after it."""
         last = [i for i, chunk in enumerate(work) if chunk.last]
-        logits = self.compute([Rows(c.ids, c.start, c.sequence.pages) for c in work], last)
+        logits = self.compute([Rows(c.ids, c.start + self._offset, c.sequence.pages) for c in work], last)
         return [work[i].sequence for i in last], logits
 
     def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
         """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""
+        for begun in (r for r in rows if self._offset and r.start == self._offset):
+            self.cache.begin(begun.pages)
         batch = batch_of(rows)
         if not wanted:
             run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
@@ -44,7 +47,7 @@ class Runner:
     def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
         """Logits of every position of one window, as (start, f32[chunk, V])."""
         for rows, rope in self._window(ids):
-            yield rows.start, self._logits(batch_of([rows]), rope)
+            yield rows.start - self._offset, self._logits(batch_of([rows]), rope)
 
     def _logits(self, batch: Batch, rope: tuple[F32, F32], rows: npt.NDArray[np.int64] | None = None) -> F32:
         """Logits of `rows` of a batch. Raises CheckpointError naming the first layer that is not finite."""
@@ -79,10 +82,13 @@ class Runner:
     def _window(self, ids: Sequence[int]) -> Iterator[tuple[Rows, tuple[F32, F32]]]:
         """The chunks of one window and its RoPE tables; its pages are its own and given back at the end."""
         check_ids(ids, self.model.config, self.limits.max_window, self.limits.window_reason)
-        rope = self._rope if len(ids) <= self.limits.max_length else rope_tables(self.model.config, len(ids))
-        with self._pages(len(ids)) as pages:
+        length = len(ids) + self._offset
+        rope = self._rope if len(ids) <= self.limits.max_length else rope_tables(self.model.config, length)
+        with self._pages(length) as pages:
+            self.cache.begin(pages)
             for start in range(0, len(ids), self.limits.chunk):
-                yield Rows([int(i) for i in ids[start : start + self.limits.chunk]], start, pages), rope
+                chunk = [int(i) for i in ids[start : start + self.limits.chunk]]
+                yield Rows(chunk, start + self._offset, pages), rope
 
     @contextmanager
     def _pages(self, tokens: int) -> Iterator[list[int]]:

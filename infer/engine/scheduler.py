@@ -62,7 +62,8 @@ class Chunk:
 class Scheduler:
     """Waiting and running sequences and the pages they hold."""
 
-    def __init__(self, pool: PagePool, max_batch: int, chunk: int, prefix_reuse: bool) -> None:
+    def __init__(self, pool: PagePool, max_batch: int, chunk: int, prefix_reuse: bool, offset: int = 0) -> None:
+        """`offset`: slots at the start of every sequence's pages that are filled already, by a checkpoint's prefix."""
         self.pool = pool
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # in order of admission
@@ -70,6 +71,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._chunk = chunk
         self._prefix_reuse = prefix_reuse
+        self._offset = offset
 
     def add(self, sequence: Running) -> None:
         self.waiting.append(sequence)
@@ -112,7 +114,7 @@ class Scheduler:
             sequence = chunk.sequence
             sequence.computed = chunk.start + chunk.count
             if self._prefix_reuse:
-                while len(sequence.keys) < sequence.computed // PAGE:
+                while len(sequence.keys) < (sequence.computed + self._offset) // PAGE:
                     self._extend_keys(sequence)
                     page = sequence.pages[len(sequence.keys) - 1]
                     self.pool.name(page, sequence.keys[-1])
@@ -126,28 +128,28 @@ class Scheduler:
         self._release(sequence)
 
     def _extend_keys(self, sequence: Running) -> None:
-        start = len(sequence.keys) * PAGE
+        start = len(sequence.keys) * PAGE - self._offset
         parent = sequence.keys[-1] if sequence.keys else b""
-        sequence.keys.append(page_key(parent, sequence.tokens[start : start + PAGE]))
+        sequence.keys.append(page_key(parent, sequence.tokens[max(start, 0) : max(start + PAGE, 0)]))
 
     def _reuse(self, sequence: Running) -> None:
         """Takes over the pages of the longest known prefix; the last token is always computed, for its logits."""
         if not self._prefix_reuse:
             return
-        for _ in range((len(sequence.tokens) - 1) // PAGE):
+        for _ in range((len(sequence.tokens) - 1 + self._offset) // PAGE):
             self._extend_keys(sequence)
             page = self.pool.find(sequence.keys[-1])
             if page is None:
                 sequence.keys.pop()
                 break
             sequence.pages.append(self.pool.share(page))
-        sequence.computed = len(sequence.pages) * PAGE
+        sequence.computed = max(0, len(sequence.pages) * PAGE - self._offset)
         if sequence.generated == 0:
             sequence.reused = sequence.computed
 
     def _grow(self, sequence: Running, count: int) -> bool:
         """Whether the sequence has, or now got, pages for `count` more tokens."""
-        missing = pages_for(sequence.computed + count) - len(sequence.pages)
+        missing = pages_for(self._offset + sequence.computed + count) - len(sequence.pages)
         if missing <= 0:
             return True
         pages = self.pool.allocate(missing)
