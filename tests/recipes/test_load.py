@@ -118,7 +118,9 @@ CASES = {
         "recipe:2: calibration.spill_above: expected a size such as 512MiB or 1GiB, got '3 parsecs'. Units: B, KiB,"
     ),
     "calibration: {seed: true}": "recipe:2: calibration.seed: expected a whole number, got true",
-    "transforms: [{smoth: {}}]": "recipe:2: transforms[0].smoth: unknown transform 'smoth'. Did you mean smooth? Known: ",
+    "transforms: [{smoth: {}}]": (
+        "recipe:2: transforms[0].smoth: unknown transform 'smoth'. Did you mean smooth? Known: "
+    ),
     "transforms: [slide]": "recipe:2: transforms[0]: unknown transform 'slide'. Known: ",
     "transforms: [{smooth: {}, awq: {}}]": "recipe:2: transforms[0]: one transform per list item, for example ",
     "transforms: [{smooth: {alpha: 1.5}}]": (
