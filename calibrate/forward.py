@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.models import CACHE_TAPS, LINEARS, TAPS, ModelConfig
 
 T = TypeVar("T")
@@ -33,6 +34,9 @@ class BlockForward(Protocol):
     """One decoder, one block in memory at a time. Hidden states are f32[S, L, D], right-padded."""
 
     config: ModelConfig
+
+    def behind(self, prefix: Prefix | None) -> BlockForward:
+        """The same forward on text that stands behind `prefix`: it begins at position p and attends to its K and V."""
 
     def embed(self, ids: Int) -> Float:
         """Hidden states f32[S, L, D] before block 0, of token ids i32[S, L]."""

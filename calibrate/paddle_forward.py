@@ -9,6 +9,7 @@ bits) and come out without one where Paddle's device is the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from quantbench.calibrate.forward import ALL_TAPS, HEAD_TAP, Float, Int, TapHook
 from quantbench.calibrate.paddle_device import default_threads, each, import_paddle, select_device
 from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.models import ModelConfig, block_prefix, block_tensors
 
@@ -73,6 +75,8 @@ class PaddleForward:
         self._layer = -1
         self._weights: dict[str, Tensor] = {}
         self._outer: dict[str, Tensor] = {}  # final norm and head, while `head` is in use
+        self._prefix: Prefix | None = None
+        self._before = 0  # positions that the prefix takes
 
     @classmethod
     def of(cls, source: ModelSource, *, device: str | None = None, threads: int | None = None) -> PaddleForward:
@@ -80,6 +84,13 @@ class PaddleForward:
             return source.read(name) if name == EMBEDDING else source.float_tensor(name)
 
         return cls(source.config, read, device=device, threads=threads)
+
+    def behind(self, prefix: Prefix | None) -> PaddleForward:
+        """What this forward had loaded is let go: never two blocks in memory."""
+        self._weights, self._outer = {}, {}
+        other = copy(self)
+        other._prefix, other._before = prefix, len(prefix) if prefix else 0
+        return other
 
     def embed(self, ids: Int) -> Float:
         return np.asarray(self._read(EMBEDDING)[ids], np.float32)
@@ -206,8 +217,9 @@ class PaddleForward:
         """cos and sin f32[T, H, head_dim/2] of each real token's position, repeated for every head: Paddle multiplies
         by a middle axis of one seven times slower than by a whole array.
         """
-        inverse = self.config.rope.inverse_frequencies(self.config.head_dim, frame.length)
-        angles = np.arange(frame.length, dtype=np.float32)[:, None] * inverse
+        length = self._before + frame.length
+        inverse = self.config.rope.inverse_frequencies(self.config.head_dim, length)
+        angles = np.arange(self._before, length, dtype=np.float32)[:, None] * inverse
         shape = (len(frame.positions), self.config.num_heads, angles.shape[1])
         cos, sin = (f(angles)[frame.positions][:, None, :] for f in (np.cos, np.sin))
         return self._tensor(np.broadcast_to(cos, shape)), self._tensor(np.broadcast_to(sin, shape))
@@ -225,13 +237,20 @@ class PaddleForward:
         k, v = (
             x.reshape([frame.samples, frame.length, c.num_kv_heads, c.head_dim]).transpose([0, 2, 1, 3]) for x in (k, v)
         )
+        if self._prefix is not None:
+            k, v = self._behind_prefix(k, self._prefix.k), self._behind_prefix(v, self._prefix.v)
         steps = [
-            self._attention_step(q[:, :, :, start : start + QUERY_CHUNK], k, v, start)
+            self._attention_step(q[:, :, :, start : start + QUERY_CHUNK], k, v, self._before + start)
             for start in range(0, frame.length, QUERY_CHUNK)
         ]
         o = steps[0] if len(steps) == 1 else self._paddle.concat(steps, axis=3)
         o = o.transpose([0, 3, 1, 2, 4]).reshape([frame.samples * frame.length, -1])
         return self._flat(o, frame)
+
+    def _behind_prefix(self, heads: Tensor, prefix: Float) -> Tensor:
+        """[S, KV, L, d] with the layer's keys or values of the prefix in front: [S, KV, p + L, d]."""
+        first = self._tensor(prefix[self._layer][None])
+        return self._paddle.concat([first.expand([heads.shape[0], -1, -1, -1]), heads], axis=2)
 
     def _attention_step(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         """Attention of the queries [S, KV, G, n, d] at positions start .. start+n to all keys they may see."""

@@ -7,13 +7,14 @@ the served logits with: if both agree, the kernels did what calibration decided.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
 
 from quantbench.calibrate.forward import HEAD_TAP, BlockForward, Float, Int
 from quantbench.calibrate.paddle_forward import PaddleForward
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.source import LinearWeight, ModelSource
 from quantbench.infer.engine.mode import stored_mode
 from quantbench.infer.engine.trace import Tap, Trace
@@ -44,6 +45,16 @@ class CacheFormat:
     k_scale: Float | None = None
     v_scale: Float | None = None
 
+    def hold(self, tap: str, x: Float) -> Tap:
+        """K or V f32[T, KV, d] (`tap` "k" or "v") as the cache holds it: values as they are read, codes and scale."""
+        if self.format in _FLOAT_CACHES:
+            return Tap(x.astype(_FLOAT_CACHES[self.format]).astype(np.float32))
+        scale = self.k_scale if tap == "k" else self.v_scale
+        assert scale is not None
+        record = FORMATS[self.format]
+        codes = record.encode(x, scale[:, None])
+        return Tap(record.decode(codes, scale[:, None]), codes, scale)
+
 
 @dataclass
 class FakeQuantize:
@@ -59,7 +70,9 @@ class FakeQuantize:
 
     def __call__(self, tap: str, x: Float) -> Float | None:
         if tap in ("k", "v"):
-            return self._cached(tap, x)
+            held = self.cache.hold(tap, x)
+            self._keep(tap, held)
+            return held.values
         if tap not in self.inputs:
             if tap in self._shared:
                 self._keep(tap, Tap(x.copy()) if self.record is not None else None)
@@ -68,19 +81,6 @@ class FakeQuantize:
         codes, scale = quantize_activation(x, spec.format, spec.scale)
         self._keep(tap, Tap(x.copy(), codes, scale) if self.record is not None else None)
         return FORMATS[spec.format].decode(codes, scale if spec.scale is not None else scale[:, None])
-
-    def _cached(self, tap: str, x: Float) -> Float:
-        if self.cache.format in _FLOAT_CACHES:
-            values = x.astype(_FLOAT_CACHES[self.cache.format]).astype(np.float32)
-            self._keep(tap, Tap(values))
-            return values
-        scale = self.cache.k_scale if tap == "k" else self.cache.v_scale
-        assert scale is not None
-        record = FORMATS[self.cache.format]
-        codes = record.encode(x, scale[:, None])
-        values = record.decode(codes, scale[:, None])
-        self._keep(tap, Tap(values, codes, scale))
-        return values
 
     def _keep(self, tap: str, seen: Tap | None) -> None:
         if self.record is not None and seen is not None:
@@ -112,8 +112,9 @@ def simulate(
     run; block n then starts from followed[n - 1] instead of from its own, so that every block is compared on
     identical inputs. Rounding makes a free-running comparison chaotic: one code that falls to the other side of an
     edge moves later values, which move later codes, until two correct runs differ by as much as quantization costs.
+    The window stands behind the source's prefix, where it has one, as in the engine.
     """
-    forward = forward or PaddleForward.of(source)
+    forward = (forward or PaddleForward.of(source)).behind(held_prefix(source, cache))
     window = np.asarray(ids, np.int32)[None, :]
     lengths = np.array([window.shape[1]], np.int32)
     trace = Trace()
@@ -131,6 +132,20 @@ def simulate(
     trace.logits = forward.head(hidden[0], head)
     trace.taps |= head.record or {}
     return trace
+
+
+def held_prefix(source: ModelSource, cache: str | None = None) -> Prefix | None:
+    """The source's prefix as its KV cache holds it; `cache` as in `quantized_block`."""
+    if source.prefix is None:
+        return None
+    formats = [_cache_format(source, layer, cache) for layer in range(source.config.num_layers)]
+    k, v = (
+        np.stack(
+            [f.hold(tap, x.transpose(1, 0, 2)).values.transpose(1, 0, 2) for f, x in zip(formats, heads, strict=True)]
+        )
+        for tap, heads in (("k", source.prefix.k), ("v", source.prefix.v))
+    )
+    return replace(source.prefix, k=k, v=v)
 
 
 _RECORDED = (*dict.fromkeys(line.tap for line in LINEARS), "k", "v")

@@ -8,6 +8,7 @@ import pytest
 from quantbench.calibrate import paddle_forward
 from quantbench.calibrate.forward import ALL_TAPS
 from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.models import Rope
 
 from .conftest import Decoder, reference_block, tiny_config
@@ -143,3 +144,33 @@ def test_missing_weights_are_all_named(decoder: Decoder) -> None:
         "model.layers.1.input_layernorm.weight: needed by the forward, not given",
         "model.layers.1.mlp.up_proj.weight: needed by the forward, not given",
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "windowed-layers", "llama3"])
+@pytest.mark.parametrize("length", [1, 9])
+def test_behind_a_prefix_is_behind_its_tokens(name: str, length: int) -> None:
+    decoder, ids = Decoder(tiny_config(**FAMILIES[name])), np.random.default_rng(1).integers(0, 97, (2, 150))
+    ids[1, :length] = ids[0, :length]
+    plain, ids = decoder.forward(), ids.astype(np.int32)
+    whole, kept = plain.embed(ids), list[np.ndarray]()
+    for layer in range(2):
+        seen: dict[str, np.ndarray] = {}
+        plain.load(layer, decoder.block(layer))
+        whole = plain.run(whole, np.array([150, 120], np.int32), lambda tap, x, s=seen: s.update({tap: x.copy()}))
+        kept.append(np.stack([seen[tap][:length].transpose(1, 0, 2) for tap in ("k", "v")]))
+    k, v = np.stack(kept, axis=1)
+    forward = plain.behind(Prefix(tuple(ids[0, :length].tolist()), k, v))
+    hidden = forward.embed(ids[:, length:])
+    for layer in range(2):
+        forward.load(layer, decoder.block(layer))
+        hidden = forward.run(hidden, np.array([150, 120], np.int32) - length)
+    np.testing.assert_allclose(hidden, whole[:, length:], rtol=1e-4, atol=2e-5)
+
+
+def test_no_prefix_changes_nothing(decoder: Decoder) -> None:
+    forward, lengths = decoder.forward(), np.array([20], np.int32)
+    hidden = np.random.default_rng(0).standard_normal((1, 20, 48)).astype(np.float32)
+    other = forward.behind(None)
+    for each in (forward, other):
+        each.load(0, decoder.block(0))
+    np.testing.assert_array_equal(forward.run(hidden, lengths), other.run(hidden, lengths))
