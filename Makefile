@@ -1,5 +1,6 @@
 # make demo   installs into .venv, fetches the demo model and text, calibrates, serves and reports
 # make test   installs and runs everything CI runs
+# make results  every bundled recipe on the demo model, served: benchmarks/results/methods.json and docs/results.md
 # make check  the part of it that needs no model: ruff, mypy, pytest
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # PaddleSlim pins an opencv that breaks on numpy 2 and forgets what it really imports: see docs/measuring.md
 SLIM_NEEDS := six requests decorator scikit-learn pyzmq
 
-.PHONY: demo test check lint unit models sanitize install clean
+.PHONY: demo results test check lint unit models sanitize install clean
 
 install: $(INSTALLED)
 
@@ -23,6 +24,11 @@ $(INSTALLED): pyproject.toml CMakeLists.txt Makefile $(wildcard infer/kernels/*)
 demo: install
 	$(BIN)/quantbench fetch demo:smollm2 demo:wikipedia
 	$(BIN)/quantbench calibrate demo --overwrite
+
+results: install
+	$(BIN)/quantbench fetch demo:smollm2 demo:wikipedia
+	$(BIN)/python benchmarks/served.py run
+	$(BIN)/python benchmarks/served.py page
 
 lint: install
 	$(BIN)/ruff check .

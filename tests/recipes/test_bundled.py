@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from quantbench.errors import RecipeError
-from quantbench.recipes.bundled import Preset, list_presets, preset_path
+from quantbench.recipes.bundled import Preset, Reached, list_presets, preset_path
 from quantbench.recipes.facts import ModelFacts, Shape
 from quantbench.recipes.load import load_recipe
 from quantbench.recipes.plan import make_plan
@@ -51,3 +53,20 @@ def test_the_demo_has_the_modes_of_the_readme_and_static_beside_dynamic() -> Non
 def test_an_unknown_name_is_told() -> None:
     with pytest.raises(RecipeError, match=r"unknown bundled recipe 'w8a8-dynamc'\. Did you mean w8a8-dynamic\?"):
         preset_path("w8a8-dynamc")
+
+
+def test_what_a_preset_reached_is_one_line() -> None:
+    told = Reached(
+        "a8w8, static", "SmolLM2", "llama", 0.0305, (0.02, 0.04), 1.59, 0.031, 0.9, 163_487_136, "2026-11-22"
+    )
+    assert str(told) == (
+        "a8w8, static, SmolLM2 (llama): perplexity +3.05% (round to nearest +159.0%), KL 0.0310, top-1 90.0%, 163 MB, "
+        "2026-11-22"
+    )
+
+
+def test_figures_are_of_presets_that_exist() -> None:
+    """A renamed preset would lose its figures without a word."""
+    path = preset_path("demo").parent / "reached.json"
+    assert set(json.loads(path.read_text())) <= NAMES
+    assert sum(len(p.reached) for p in list_presets()) == sum(map(len, json.loads(path.read_text()).values()))

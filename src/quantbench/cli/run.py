@@ -71,11 +71,13 @@ def list_default(context: typer.Context) -> None:
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """Name and first line of every bundled recipe."""
+    """Name and first line of every bundled recipe, and what it was measured to reach."""
     from quantbench.recipes.bundled import list_presets
 
     for preset in list_presets():
         typer.echo(f"{preset.name:<24} {preset.summary}")
+        for reached in preset.reached:
+            typer.echo(f"{'':<24}   {reached}")
 
 
 @recipes.command("show")
