@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Usage:
     spilled: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_of(file: str) -> str:
     """One self-contained source: `file` of kernels/ with its local includes pasted in, each once."""
     return _paste(file, set())
@@ -65,7 +65,7 @@ def load_nvrtc() -> Any:
     return nvrtc
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiler_version() -> str:
     _, major, minor = load_nvrtc().nvrtcVersion()
     return f"{major}.{minor}"
@@ -122,7 +122,9 @@ def _text(size: int, fill: Any) -> str:
 def usages(log: str) -> list[Usage]:
     """Registers and spills of every kernel, out of ptxas's log."""
     blocks = _KERNEL.split(log)[1:]
-    return [
-        Usage(name, sum(int(n) for n in _REGISTERS.findall(text)), sum(int(a) + int(b) for a, b in _SPILL.findall(text)))
-        for name, text in zip(blocks[::2], blocks[1::2], strict=True)
-    ]
+    return [_usage(name, text) for name, text in zip(blocks[::2], blocks[1::2], strict=True)]
+
+
+def _usage(name: str, text: str) -> Usage:
+    spilled = sum(int(stores) + int(loads) for stores, loads in _SPILL.findall(text))
+    return Usage(name, sum(map(int, _REGISTERS.findall(text))), spilled)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from quantbench.errors import DependencyError, RequestError, unknown
 from quantbench.infer.cuda.arena import Arena
 from quantbench.infer.cuda.array import DeviceArray
-from quantbench.infer.cuda.compile import ARCHITECTURES, INSTALL, cubin, load_nvrtc
+from quantbench.infer.cuda.compile import INSTALL, cubin, load_nvrtc
 
 Dims = int | tuple[int, ...]
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -166,6 +166,26 @@ class Device:
         self.synchronize()
         return out
 
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Host memory that copies to and from the device without a stop on the way; for good."""
+        kind = np.dtype(dtype)
+        count = math.prod(shape) * kind.itemsize
+        pointer = self._call(self.driver.cuMemHostAlloc, count, 0)
+        raw = (ctypes.c_uint8 * count).from_address(int(pointer))
+        return np.frombuffer(raw, np.uint8).view(kind).reshape(shape)
+
+    def fetch_later(self, out: npt.NDArray[Any], array: DeviceArray) -> Any:
+        """Queues a copy into pinned memory; `wait` for the event that is returned before reading it."""
+        self._call(self.driver.cuMemcpyDtoHAsync, out.ctypes.data, array.pointer, array.nbytes, self.stream)
+        event = self._call(self.driver.cuEventCreate, self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        self._call(self.driver.cuEventRecord, event, self.stream)
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Waits for an event of `fetch_later`, and ends it."""
+        self._call(self.driver.cuEventSynchronize, event)
+        self._call(self.driver.cuEventDestroy, event)
+
     def copy(self, out: DeviceArray, source: DeviceArray) -> None:
         """Device to device; `out` may be larger."""
         self._call(self.driver.cuMemcpyDtoDAsync, out.pointer, source.pointer, source.nbytes, self.stream)
@@ -275,23 +295,13 @@ class Device:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """What kernels are compiled for: QUANTBENCH_CUDA_ARCH, else the device's own, with Hopper's own instructions there.
-
-    Raises DependencyError for a GPU older than sm_80 and for an architecture that this GPU cannot run.
-    """
+    """What kernels are compiled for: the device's own, with Hopper's own instructions there unless
+    QUANTBENCH_CUDA_PORTABLE=1 asks for those that every GPU has. Raises DependencyError for a GPU older than sm_80."""
     number = capability[0] * 10 + capability[1]
     if number < 80:
         raise DependencyError(f"--device cuda: this GPU is sm_{number}; kernels need sm_80 (Ampere) or newer")
-    asked = os.environ.get("QUANTBENCH_CUDA_ARCH")
-    if asked is None:
-        return "sm_90a" if number == 90 else f"sm_{number}"
-    digits = asked.removeprefix("sm_").rstrip("a")
-    if asked not in ARCHITECTURES or int(digits) > number or (asked.endswith("a") and int(digits) != number):
-        raise DependencyError(
-            f"QUANTBENCH_CUDA_ARCH={asked}: this GPU is sm_{number}. Known: {', '.join(ARCHITECTURES)}; "
-            "sm_80 runs everywhere"
-        )
-    return asked
+    portable = os.environ.get("QUANTBENCH_CUDA_PORTABLE", "0") != "0"
+    return "sm_90a" if number == 90 and not portable else f"sm_{number}"
 
 
 def _argument(value: Any) -> Any:

@@ -148,8 +148,7 @@ class BeamSearch:
         if not copies:
             return [self._pool.share(page) for page in pages]
         copy = copies.pop()
-        for layer in self._runner.cache.layers:
-            layer.k[copy], layer.v[copy] = layer.k[pages[-1]], layer.v[pages[-1]]
+        self._runner.copy_page(pages[-1], copy)
         return [self._pool.share(page) for page in pages[:-1]] + [copy]
 
     def _reserve(self, live: _Live, tokens: int) -> None:

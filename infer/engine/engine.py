@@ -24,7 +24,7 @@ from quantbench.infer.engine.cache import KVCache, pages_for
 from quantbench.infer.engine.limits import check_ids, limits_of
 from quantbench.infer.engine.mode import resolve_mode
 from quantbench.infer.engine.request import Completion, Output, Request, Token
-from quantbench.infer.engine.runner import Runner
+from quantbench.infer.engine.runner import Runner, cache_room, open_runner
 from quantbench.infer.engine.sampling import Sampler, SamplingParams
 from quantbench.infer.engine.scheduler import Running, Scheduler
 from quantbench.infer.engine.text import TextStream
@@ -80,11 +80,13 @@ class Engine:
         if threads is not None:
             table.set_threads(threads)
         weights = load_model(source, table, own if converts else None)
+        room = cache_room(table, weights, limits)
+        limits = limits_of(source.config, own.cache, cache_tokens, max_batch, chunk, length, room)
         scales = [source.cache_scales(layer) for layer in range(source.config.num_layers)]
         spare = limits.max_batch * pages_for(length)
         cache = KVCache(source.config, own.cache, limits.cache_tokens, scales, prefix, spare)
         scheduler = Scheduler(cache.pool, limits.max_batch, limits.chunk, prefix_reuse, length)
-        engine = cls(source, own, Runner(table, weights, cache, limits), scheduler)
+        engine = cls(source, own, open_runner(table, weights, cache, limits), scheduler)
         engine.load_seconds = time.perf_counter() - begin
         return engine
 
@@ -220,10 +222,10 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return
-        ready, logits = self.runner.step(work)
+        chosen = self.runner.choose(work, crowded=bool(self.scheduler.waiting))
         self.scheduler.commit(work)
-        for sequence, row in zip(ready, logits, strict=True):
-            output = _extend(sequence, row)
+        for sequence, token in chosen:
+            output = _extend(sequence, token)
             self._inboxes.get(sequence.number, self._outputs).append(output)
             if output.finish_reason is not None:
                 self.scheduler.finish(sequence)
@@ -266,9 +268,8 @@ class Engine:
             return None
 
 
-def _extend(sequence: Running, logits: F32) -> Output:
-    """Chooses and appends the next token of a sequence."""
-    token = sequence.sampler.choose(logits, sequence.tokens, sequence.generated)
+def _extend(sequence: Running, token: int) -> Output:
+    """Appends the next token of a sequence."""
     sequence.tokens.append(token)
     reason = "stop" if token in sequence.sampler.stop_ids else None
     stream, text = sequence.text, ""

@@ -29,9 +29,18 @@ class Limits:
 
 
 def limits_of(
-    config: ModelConfig, cache_format: str, cache_tokens: int | None, max_batch: int, chunk: int, prefix: int = 0
+    config: ModelConfig,
+    cache_format: str,
+    cache_tokens: int | None,
+    max_batch: int,
+    chunk: int,
+    prefix: int = 0,
+    room: int | None = None,
 ) -> Limits:
     """Limits of an engine. Raises RequestError for sizes below one, all at once.
+
+    A cache whose size nobody asked for takes at most `room` bytes, where a device says how many it has left, and
+    raises RequestError where they are too few for a page.
 
     Dynamic RoPE turns every key anew as a sequence grows past the trained length; keys in a cache cannot follow, so
     generation ends there. A window that is scored at once knows its length and may be `factor` times longer, unless
@@ -49,7 +58,9 @@ def limits_of(
     if prefix:
         trained, reach = trained - prefix, reach - prefix
         reason = window_reason = f"{reason}, {prefix} of which the checkpoint's prefix takes"
-    if cache_tokens is None:
+    if cache_tokens is None and room is not None:
+        cache_tokens = _fitting(config, cache_format, max_batch * (reach + prefix), room)
+    elif cache_tokens is None:
         affordable = CACHE_BYTES // token_bytes(config, cache_format)
         cache_tokens = max(PAGE, min(max(reach, max_batch * 512), affordable))
     capacity = pages_for(cache_tokens) * PAGE
@@ -62,6 +73,16 @@ def limits_of(
         reason=_CACHE if capacity < trained else reason,
         window_reason=_CACHE if capacity < reach else window_reason,
     )
+
+
+def _fitting(config: ModelConfig, cache_format: str, useful: int, room: int) -> int:
+    page = PAGE * token_bytes(config, cache_format)
+    if room < page:
+        raise RequestError(
+            f"the KV cache: {max(room, 0) / 1e6:.0f} MB are left beside weights and work space, a page of "
+            f"{PAGE} tokens takes {page / 1e6:.1f} MB; give a smaller chunk or max_batch, or another mode"
+        )
+    return min(useful, room // page * PAGE)
 
 
 def check_ids(ids: Sequence[int], config: ModelConfig, limit: int, reason: str) -> None:

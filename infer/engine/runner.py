@@ -34,6 +34,17 @@ class Runner:
         logits = self.compute([Rows(c.ids, c.start + self._offset, c.sequence.pages) for c in work], last)
         return [work[i].sequence for i in last], logits
 
+    def choose(self, work: list[Chunk], crowded: bool = False) -> list[tuple[Running, int]]:
+        """Computes `work`; the sequences whose newest token was in it, and the token that each chooses next.
+        `crowded`: others wait to be admitted, so the next step will not be this one's continuation."""
+        ready, logits = self.step(work)
+        return [(s, s.sampler.choose(row, s.tokens, s.generated)) for s, row in zip(ready, logits, strict=True)]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Page `target` of every layer becomes a copy of page `source`."""
+        for layer in self.cache.layers:
+            layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
+
     def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
         """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""
         for begun in (r for r in rows if self._offset and r.start == self._offset):
@@ -48,6 +59,17 @@ class Runner:
         """Logits of every position of one window, as (start, f32[chunk, V])."""
         for rows, rope in self._window(ids):
             yield rows.start - self._offset, self._logits(batch_of([rows]), rope)
+
+    def likelihood(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Log-probabilities f64[T - 1] of the tokens of one window after its first, each given those before it."""
+        parts = []
+        for start, logits in self.score(ids):
+            targets = np.asarray(ids[start + 1 : start + 1 + len(logits)], np.int64)
+            wide = logits[: len(targets)].astype(np.float64)
+            wide -= wide.max(axis=1, keepdims=True)
+            chosen = np.take_along_axis(wide, targets[:, None], axis=1)[:, 0]
+            parts.append(chosen - np.log(np.exp(wide).sum(axis=1)))
+        return np.concatenate(parts)
 
     def _logits(self, batch: Batch, rope: tuple[F32, F32], rows: npt.NDArray[np.int64] | None = None) -> F32:
         """Logits of `rows` of a batch. Raises CheckpointError naming the first layer that is not finite."""
@@ -103,3 +125,24 @@ class Runner:
             yield pages
         finally:
             self.cache.pool.release(pages)
+
+
+def open_runner(ops: Ops, model: Model, cache: KVCache, limits: Limits) -> Runner:
+    """The runner of an op table: the GPU has one of its own."""
+    if ops.name != "cuda":
+        return Runner(ops, model, cache, limits)
+    from quantbench.infer.cuda.ops import CudaOps
+    from quantbench.infer.cuda.runner import CudaRunner
+
+    assert isinstance(ops, CudaOps)
+    return CudaRunner(ops, model, cache, limits)
+
+
+def cache_room(ops: Ops, model: Model, limits: Limits) -> int | None:
+    """Bytes that a device has left for the cache, now that the weights are there; None where the host's memory is
+    used, which untouched pages do not take."""
+    if ops.name != "cuda":
+        return None
+    from quantbench.infer.cuda.room import room_for_cache
+
+    return room_for_cache(ops, model, limits)

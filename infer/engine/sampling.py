@@ -75,6 +75,7 @@ class Sampler:
         self.stop_ids = stop_ids
         self._stop_index = np.array(sorted(stop_ids), np.int64)
         self._random = np.random.Generator(np.random.Philox(params.seed))
+        self._drawn: list[float] = []
 
     def choose(self, logits: F32, tokens: list[int], generated: int) -> int:
         """Next token id. `logits` f32[V] is not changed; `tokens` is prompt and generated ids so far, the last
@@ -88,7 +89,13 @@ class Sampler:
         if p.temperature == 0.0:
             return int(logits.argmax())
         ids, probabilities = distribution(logits, p)
-        return int(ids[draw(probabilities, self._random.random())])
+        return int(ids[draw(probabilities, self.uniform(generated))])
+
+    def uniform(self, index: int) -> float:
+        """The number in [0, 1) that token `index` of those generated is drawn with, however often it is asked for."""
+        while len(self._drawn) <= index:
+            self._drawn.append(self._random.random())
+        return self._drawn[index]
 
 
 def penalize(logits: F32, tokens: list[int], penalty: float) -> None:

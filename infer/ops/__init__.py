@@ -1,4 +1,4 @@
-"""The op table of the runtime: `load_ops("reference")` in numpy, `load_ops("cpu")` in C++. Same signatures."""
+"""The op table of the runtime: `load_ops("reference")` in numpy, "cpu" in C++, "cuda" on a GPU. Same signatures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from quantbench.infer.ops.types import (
 
 __all__ = ["FLOAT", "PAGE", "ActSpec", "Activation", "Batch", "LayerCache", "Ops", "Packed", "load_ops"]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "reference")
 
 
 def load_ops(name: str = "cpu", *, isa: str | None = None) -> Ops:
     """The backend called `name`. `isa` (or QUANTBENCH_ISA) forces the native instruction set.
 
-    Raises DependencyError for an unknown backend, for "cpu" without the compiled extension, and for an instruction
-    set this processor does not have.
+    Raises DependencyError for an unknown backend, for "cpu" without the compiled extension, for an instruction set
+    this processor does not have, and for "cuda" without a usable GPU, driver or compiler.
     """
     if name == "reference":
         from quantbench.infer.ops.reference import ReferenceOps
@@ -33,4 +33,8 @@ def load_ops(name: str = "cpu", *, isa: str | None = None) -> Ops:
         from quantbench.infer.ops.cpu import CpuOps
 
         return CpuOps(isa)
+    if name == "cuda":
+        from quantbench.infer.cuda.ops import CudaOps
+
+        return CudaOps()
     raise DependencyError(unknown("operations backend", name, BACKENDS))
