@@ -38,12 +38,15 @@ auto* data_or_null(std::optional<A>& array) {
 // Other Python threads run while a long call computes; a short one keeps the lock, which costs less than handing it over.
 class Release {
 public:
-    explicit Release(int64_t work) {
-        if (work > 1 << 20) lock_.emplace();
+    explicit Release(int64_t work) : state_(work > 1 << 20 ? PyEval_SaveThread() : nullptr) {}
+    ~Release() {
+        if (state_) PyEval_RestoreThread(state_);
     }
+    Release(const Release&) = delete;
+    Release& operator=(const Release&) = delete;
 
 private:
-    std::optional<nb::gil_scoped_release> lock_;
+    PyThreadState* state_;
 };
 
 }  // namespace quantbench

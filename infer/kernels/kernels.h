@@ -11,6 +11,7 @@ public:
     explicit Kernels(const std::string& isa);
 
     std::string isa() const { return table_.name; }
+    const Table& table() const { return table_; }
     void linear(const PackedWeight& w, std::optional<ConstFloats> values, std::optional<ConstBytes> codes, int format,
                 std::optional<ConstVector> a_scale, Floats y, int64_t column) const;
     int64_t quantize(ConstFloats x, int format, std::optional<float> scale, Bytes codes, Array<float, 1> scales) const;

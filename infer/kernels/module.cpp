@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "kernels.h"
 #include "pool.h"
+#include "step.h"
 
 namespace quantbench {
 
@@ -100,6 +101,23 @@ NB_MODULE(_kernels, m) {
         .def("absmax", &Kernels::absmax, "x"_a.noconvert(), "rows"_a, "out"_a.noconvert())
         .def("read_gb_per_s", &Kernels::read_gb_per_s, "bytes"_a, "rounds"_a)
         .def("gop_per_s", &Kernels::gop_per_s, "int8"_a, "seconds"_a);
+
+    nb::class_<Linears>(m, "Linears")
+        .def(nb::init<int, std::optional<float>>(), "format"_a, "scale"_a.none())
+        .def("add", &Linears::add, "weight"_a, "own"_a, "format"_a, "scale"_a.none(), nb::keep_alive<1, 2>());
+
+    nb::class_<Step>(m, "Step")
+        .def(nb::init<const Kernels&, const PackedWeight&, ConstVector, const Linears&, double>(), "kernels"_a, "embedding"_a,
+             "norm"_a.noconvert(), "head"_a, "eps"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>())
+        .def("add_block", &Step::add_block, "attn_norm"_a.noconvert(), "qkv"_a, "q_norm"_a.noconvert().none(),
+             "k_norm"_a.noconvert().none(), "window"_a, "o"_a, "mlp_norm"_a.noconvert(), "gate_up"_a, "down"_a, "kind"_a,
+             "k"_a.noconvert(), "v"_a.noconvert(), "k_scale"_a.noconvert(), "v_scale"_a.noconvert(),
+             nb::keep_alive<1, 3>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>())
+        .def("run", &Step::run, "ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(), "starts"_a.noconvert(),
+             "context"_a.noconvert(), "tables"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "rows"_a.noconvert(),
+             "logits"_a.noconvert())
+        .def("set_profiling", &Step::set_profiling, "on"_a)
+        .def("profile", &Step::profile, "Per operation: seconds, bytes read, operations, since profiling was set.");
 }
 
 }  // namespace quantbench

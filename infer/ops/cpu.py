@@ -118,7 +118,7 @@ class CpuOps:
 
     def embed(self, table: Packed, ids: Ints) -> Floats:
         out = BUFFERS.array((len(ids), table.shape[1]), F32)
-        self.kernels.embed(_parts(table)[0].weight, ids, out)
+        self.kernels.embed(native_parts(table)[0].weight, ids, out)
         return out
 
     def add_norm(
@@ -133,7 +133,7 @@ class CpuOps:
         y = BUFFERS.array((a.tokens, w.shape[0]), F32)
         values, codes, format = a.values, _bits(a.codes), FORMATS[a.format]
         column = 0
-        for part in _parts(w):
+        for part in native_parts(w):
             # a part whose input stays float reads the floats, where both were handed on
             floats = values is not None and (codes is None or part.activations is None)
             if floats:
@@ -183,7 +183,8 @@ class CpuOps:
         return out
 
 
-def _parts(packed: Packed) -> tuple[NativePart, ...]:
+def native_parts(packed: Packed) -> tuple[NativePart, ...]:
+    """The native weights of `packed`. Raises DependencyError where another backend packed it."""
     if not isinstance(packed, CpuPacked):
         raise DependencyError(
             f"{', '.join(packed.names)}: packed by another backend; pack weights with the same Ops that uses them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
+from quantbench.infer.checkpoint.source import EMBEDDING, LinearWeight, ModelSource, Quantization, open_model
 from quantbench.infer.engine import Engine
-from quantbench.infer.models import family_of, model_tensors
+from quantbench.infer.engine.convert import round_to_nearest
+from quantbench.infer.models import family_of, linear_names, model_tensors
+from quantbench.quantizers.formats import FORMATS
+from quantbench.vocabulary import CachePlan, LayerPlan
 
 VOCABULARY = 97
+INPUT_SCALES = {"self_attn.q_proj": 0.03, "self_attn.k_proj": 0.03, "self_attn.v_proj": 0.03, "self_attn.o_proj": 0.05,
+                "mlp.gate_proj": 0.03, "mlp.up_proj": 0.03, "mlp.down_proj": 0.1}  # fmt: skip
 BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -98,3 +105,43 @@ def load(request: pytest.FixtureRequest, model_path: Callable[[str], Path]) -> C
         return Engine.load(str(model_path(name)), mode, **({"ops": request.param} | options))
 
     return engine_of
+
+
+@dataclass
+class Calibrated(ModelSource):
+    """A float source served as if it had been calibrated: int8 weights, static scales, a cache with scales per head."""
+
+    own_scales: dict[str, float] = field(default_factory=dict)  # of linears that were calibrated apart
+    own_formats: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # "mlp.up_proj": weights, activations
+    damaged: str = ""
+
+    def linear(self, name: str) -> LinearWeight:
+        if name == "lm_head":
+            return LinearWeight(name, self.read(EMBEDDING), None)
+        weight = self.read(f"{name}.weight")
+        if name == self.damaged:
+            return LinearWeight(name, np.full_like(weight, np.nan), None)
+        kind = name.split(".", 3)[3]
+        if kind in self.own_formats:
+            weights, activations = self.own_formats[kind]
+            held = weight if weights == "float32" else round_to_nearest(weight, weights)
+            return LinearWeight(name, held, None, activations)
+        scale = self.own_scales.get(name, INPUT_SCALES[kind])
+        return LinearWeight(name, round_to_nearest(weight, "int8"), None, "int8", scale)
+
+    def cache_scales(self, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
+        divisor = (
+            FORMATS[self.quantization.cache.format].divisor if self.quantization and self.quantization.cache else 1
+        )
+        return tuple(np.array([4 + layer, 6], np.float32) / np.float32(divisor) for _ in "kv")
+
+
+@pytest.fixture
+def calibrated(model_path: Callable[[str], Path]) -> Callable[..., Calibrated]:
+    def source_of(cache: str = "int8", **changes: object) -> Calibrated:
+        source = open_model(str(model_path("llama")))
+        layers = {name: LayerPlan(name, "int8", "channel", activations="int8") for name in linear_names(source.config)}
+        own = {f.name: getattr(source, f.name) for f in fields(ModelSource)}
+        return Calibrated(**(own | {"quantization": Quantization(layers, CachePlan(cache))} | changes))
+
+    return source_of
