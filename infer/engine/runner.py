@@ -12,10 +12,12 @@ from quantbench.errors import CheckpointError, RequestError
 from quantbench.infer.engine.cache import KVCache, pages_for
 from quantbench.infer.engine.forward import Model, Rows, batch_of, logits_of, rope_tables, run_layers
 from quantbench.infer.engine.limits import Limits, check_ids
+from quantbench.infer.engine.native import NativeModel
 from quantbench.infer.engine.scheduler import Chunk, Running
 from quantbench.infer.engine.trace import Recorder, Trace
 from quantbench.infer.models import block_prefix
 from quantbench.infer.ops import Batch, Ops
+from quantbench.infer.ops.cpu import CpuOps
 
 F32 = npt.NDArray[np.float32]
 
@@ -27,6 +29,7 @@ class Runner:
         self.ops, self.model, self.cache, self.limits = ops, model, cache, limits
         self._offset = cache.prefix_length  # of every position: the prefix stands in front of each sequence
         self._rope = rope_tables(model.config, limits.max_length + self._offset)
+        self._native: tuple[CpuOps, Model, NativeModel] | None = None
 
     def step(self, work: list[Chunk]) -> tuple[list[Running], F32]:
         """Computes `work`. Returns the sequences whose newest token was in it, and the logits f32[S, V] after it."""
@@ -50,9 +53,6 @@ class Runner:
         for begun in (r for r in rows if self._offset and r.start == self._offset):
             self.cache.begin(begun.pages)
         batch = batch_of(rows)
-        if not wanted:
-            run_layers(self.ops, self.model, batch, self._rope, self.cache.layers)
-            return np.empty((0, self.model.config.vocab_size), np.float32)
         return self._logits(batch, self._rope, batch.starts[1:][wanted].astype(np.int64) - 1)
 
     def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
@@ -73,13 +73,26 @@ class Runner:
 
     def _logits(self, batch: Batch, rope: tuple[F32, F32], rows: npt.NDArray[np.int64] | None = None) -> F32:
         """Logits of `rows` of a batch. Raises CheckpointError naming the first layer that is not finite."""
+        if isinstance(self.ops, CpuOps):
+            wanted = np.arange(len(batch.ids), dtype=np.int64) if rows is None else rows
+            found = self._native_model(self.ops).logits(batch, rope, wanted)
+            if found is not None:
+                return found
         x, delta = run_layers(self.ops, self.model, batch, rope, self.cache.layers)
+        if rows is not None and not len(rows):
+            return np.empty((0, self.model.config.vocab_size), np.float32)
         logits = logits_of(self.ops, self.model, x, delta, rows)
         with np.errstate(invalid="ignore"):  # a NaN or an infinity anywhere survives the sum
             finite = np.isfinite(logits.sum())
         if not finite:
             raise CheckpointError(self._culprit(batch, rope))
         return logits
+
+    def _native_model(self, ops: CpuOps) -> NativeModel:
+        """The native object of this model and cache, made on first use."""
+        if self._native is None or self._native[0] is not ops or self._native[1] is not self.model:
+            self._native = (ops, self.model, NativeModel(ops, self.model, self.cache.layers))
+        return self._native[2]
 
     def _culprit(self, batch: Batch, rope: tuple[F32, F32]) -> str:
         """Runs a batch again, watching, to say where its numbers stop being finite."""
