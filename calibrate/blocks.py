@@ -3,9 +3,9 @@
     for every block:   weights → statistics/ → scales (work/) → checkpoint shard of every variant → hidden states
 
 Hidden states are committed last, so a run killed at any moment resumes at the block whose hidden states are the
-newest, redoes it, and ends with the same bytes. Variants that see float inputs share one stream of hidden states and
-one set of statistics; with `inputs: quantized` every quantized variant walks its own stream, in which block n sees
-what the quantized block n-1 puts out.
+newest, redoes it, and ends with the same bytes. Variants made from the same float model share one stream of hidden
+states and one set of statistics: those that do not rotate one, those with equal rotations another. With `inputs:
+quantized` every quantized variant walks its own stream, in which block n sees what the quantized block n-1 puts out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from quantbench.calibrate.collect import Collect, advance_block, collect_block
 from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.forward import BlockForward, Float
 from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.rotated import Turn, first_hidden, model_of, rotation_table
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
 from quantbench.calibrate.transforms import Sample, hessian_taps
@@ -55,10 +56,13 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class Stream:
-    """Variants that see the same inputs. `name` is "" for the float stream, else the one variant's name."""
+    """Variants that see the same inputs. `name` is "" for the stream of the model as it is stored, else the first
+    variant's. `quantized`: blocks see what the quantized block before them puts out."""
 
     name: str
     variants: tuple[VariantPlan, ...]
+    model: ModelSource
+    quantized: bool = False
 
     def folder(self, root: Path) -> Path:
         return root / self.name if self.name else root
@@ -73,10 +77,15 @@ class Looks:
 
 
 def streams(job: BlockJob) -> list[Stream]:
-    """One float stream for all, or, with quantized inputs, one for each variant that quantizes linears."""
+    """One stream for every float model, and, with quantized inputs, one for each variant that quantizes linears."""
     own = [v for v in job.variants.values() if job.quantized_inputs and any(p.quantized for p in v.layers.values())]
-    shared = tuple(v for v in job.variants.values() if v not in own)
-    return [Stream("", shared)] * bool(shared) + [Stream(v.name, (v,)) for v in own]
+    shared: dict[Turn | None, list[VariantPlan]] = {}
+    for variant in job.variants.values():
+        if variant not in own:
+            shared.setdefault(Turn.of(variant), []).append(variant)
+    models = [(vs[0].name if turn else "", tuple(vs), False) for turn, vs in shared.items()]
+    models += [(v.name, (v,), True) for v in own]
+    return [Stream(name, vs, model_of(job.source, vs[0]), quantized) for name, vs, quantized in models]
 
 
 def quantize_blocks(job: BlockJob, tick: Tick) -> None:
@@ -90,17 +99,18 @@ def quantize_blocks(job: BlockJob, tick: Tick) -> None:
 def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
     """Observe block by block, from the newest committed hidden states on; yields every block as it is done."""
     hidden = start_or_resume(job, stream)
+    link_statistics(job, stream)
     yield from range(hidden.layer)
     options, writers = what_to_observe(job, stream), writers_of(job, stream)
     for layer in range(hidden.layer, job.source.config.num_layers):
-        weights = job.source.float_block(layer)
-        seen, after = collect_block(job.forward, layer, weights, hidden, options, advance=not stream.name)
+        weights = stream.model.float_block(layer)
+        seen, after = collect_block(job.forward, layer, weights, hidden, options, advance=not stream.quantized)
         stats.save(statistics_path(job, stream, layer), seen)
         looks = Looks(
             partial(observe_again, job, options, layer, weights, hidden), TapSample(job.forward, layer, weights, hidden)
         )
         decide_and_write(job, writers, layer, weights, seen, looks)
-        hidden = hand_on(job, writers[stream.name], layer, hidden) if stream.name else after
+        hidden = hand_on(job, writers[stream.name], layer, hidden) if stream.quantized else after
         hidden.commit()
         yield layer
 
@@ -120,7 +130,7 @@ def observe_again(
 
 def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
     """Decide and write from the statistics of an earlier run: no forward, so nothing can be observed again."""
-    if stream.name:
+    if stream.quantized:
         raise CalibrationError("--from choose: with quantized inputs every block sees the last one: use --from collect")
 
     def refuse(_: Mapping[str, Float]) -> dict[str, stats.Statistics]:
@@ -132,7 +142,7 @@ def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
     writers = writers_of(job, stream)
     for layer in range(job.source.config.num_layers):
         seen = stats.load(statistics_path(job, stream, layer))
-        decide_and_write(job, writers, layer, job.source.float_block(layer), seen, Looks(refuse))
+        decide_and_write(job, writers, layer, stream.model.float_block(layer), seen, Looks(refuse))
         yield layer
 
 
@@ -142,7 +152,18 @@ def start_or_resume(job: BlockJob, stream: Stream) -> HiddenStates:
     ids, lengths = job.tokens.ids, job.tokens.lengths
     shape = (*ids.shape, job.source.config.hidden_size)
     resumed = HiddenStates.resume(lengths, shape, work, job.spill_above)
-    return resumed or HiddenStates.start(job.forward.embed(ids), lengths, work, job.spill_above)
+    return resumed or HiddenStates.start(
+        first_hidden(stream.model, job.forward.embed(ids)), lengths, work, job.spill_above
+    )
+
+
+def link_statistics(job: BlockJob, stream: Stream) -> None:
+    """Every variant of a stream with a name finds its statistics under its own: links to the first one's folder."""
+    for variant in stream.variants[1:] if stream.name else ():
+        link = job.folder / "statistics" / variant.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(stream.name)
 
 
 def decide_and_write(
@@ -182,12 +203,14 @@ def finish_checkpoints(job: BlockJob, tick: Tick) -> None:
     """Merge every variant's tables, write what is outside the blocks, lint, and move the checkpoint into place."""
     for variant in job.variants.values():
         if not checkpoint_path(job.folder, variant.name).exists():
-            table = ScaleTable.merge(*block_tables(job, variant), head_table(job, variant))
+            model = model_of(job.source, variant)
+            outside = (rotation_table(model), head_table(model, variant))
+            table = ScaleTable.merge(*block_tables(job, variant), *outside)
             folder = job.folder / "scales" / variant.name
             table.save(folder)
             config = job.source.config
             write_seed_tables(folder, table, config.family, config.num_heads // config.num_kv_heads)
-            writer_of(job, variant).finish(table)
+            CheckpointWriter(checkpoint_path(job.folder, variant.name), model, variant).finish(table)
         tick(variant.name)
     shutil.rmtree(job.folder / "work" / "hidden", ignore_errors=True)
 
@@ -196,19 +219,16 @@ def block_tables(job: BlockJob, variant: VariantPlan) -> Iterator[ScaleTable]:
     return (ScaleTable.load(table_folder(job, variant, layer)) for layer in range(job.source.config.num_layers))
 
 
-def head_table(job: BlockJob, variant: VariantPlan) -> ScaleTable:
+def head_table(model: ModelSource, variant: VariantPlan) -> ScaleTable:
     """The output head's decision; its weight is read only where the plan quantizes it."""
     if not variant.layers["lm_head"].quantized:
         return ScaleTable()
-    return choose_head(job.source.float_tensor("lm_head.weight"), variant)
+    return choose_head(model.float_tensor("lm_head.weight"), variant)
 
 
 def writers_of(job: BlockJob, stream: Stream) -> dict[str, CheckpointWriter]:
-    return {v.name: writer_of(job, v) for v in stream.variants}
-
-
-def writer_of(job: BlockJob, variant: VariantPlan) -> CheckpointWriter:
-    return CheckpointWriter(checkpoint_path(job.folder, variant.name), job.source, variant)
+    paths = {v.name: checkpoint_path(job.folder, v.name) for v in stream.variants}
+    return {v.name: CheckpointWriter(paths[v.name], stream.model, v) for v in stream.variants}
 
 
 def checkpoint_path(folder: Path, variant: str) -> Path:

@@ -134,10 +134,15 @@ def rotate_outer(outer: Mapping[str, F32], residual: F64) -> dict[str, F32]:
     known = (_EMBEDDING, _NORM, _HEAD)
     _check(outer, known, known[:2], dict.fromkeys(known, (-1, len(residual))))
     return {
-        _EMBEDDING: _times(outer[_EMBEDDING], None, residual),
+        _EMBEDDING: rotate_rows(outer[_EMBEDDING], residual),
         _NORM: np.ones_like(outer[_NORM]),
-        _HEAD: _times(outer.get(_HEAD, outer[_EMBEDDING]), outer[_NORM], residual),
+        _HEAD: rotate_rows(outer.get(_HEAD, outer[_EMBEDDING]), residual, outer[_NORM]),
     }
+
+
+def rotate_rows(rows: F32, residual: F64, norm: F32 | None = None) -> F32:
+    """Rows [N, D] of an embedding, a head or hidden states behind R1 = `residual`; `norm` [D] is folded in first."""
+    return _times(rows, norm, residual)
 
 
 def _times(w: F32, columns: F32 | None, matrix: F64) -> F32:

@@ -71,14 +71,23 @@ def forecast(
 
 
 def checkpoint_bytes(variant: VariantPlan, layers: Mapping[str, Shape], facts: ModelFacts) -> int:
-    """Bytes of every tensor of a variant's checkpoint (compressed-tensors layout, scales in float32)."""
+    """Bytes of every tensor of a variant's checkpoint (compressed-tensors layout, scales in float32).
+
+    A rotated model's head is never the embedding: the final norm is folded into it.
+    """
+    shares_head = facts.tied_head and not rotates(variant)
     total = facts.float_elements * _BYTES[variant.dtype]
     for name, shape in layers.items():
         plan = variant.layers[name]
-        if not (name == HEAD and facts.tied_head and not plan.quantized):
+        if not (name == HEAD and shares_head and not plan.quantized):
             total += layer_bytes(plan, shape)
     scales = 2 * facts.num_kv_heads * facts.num_layers * 4 if variant.cache.quantized else 0  # k_scale, v_scale
     return total + scales
+
+
+def rotates(variant: VariantPlan) -> bool:
+    """Whether the variant is made from a rotated model, which has hidden states of its own."""
+    return any("rotate" in transform for transform in variant.transforms)
 
 
 def layer_bytes(plan: LayerPlan, shape: Shape) -> int:
@@ -131,12 +140,14 @@ def _seconds(
 ) -> dict[str, float]:
     """Per stage."""
     quantized = [v for v in variants.values() if v.mode.quantized]
-    own_pass = sum(bool(v.transforms) or recipe.calibration.inputs == "quantized" for v in quantized)
+    own_inputs = recipe.calibration.inputs == "quantized"
+    own_pass = sum(own_inputs or any(word != "rotate" for t in v.transforms for word in t) for v in quantized)
+    models = len({str(next((t for t in v.transforms if "rotate" in t), "")) for v in variants.values()})
     calibrated = recipe.calibration.samples * recipe.calibration.length
     blocks, whole = _elements(layers, head=False), _elements(layers, head=True)
     tested = len({recipe.accuracy.baseline, *variants})
     operations = {
-        "collect": 2 * blocks * calibrated * (1 + own_pass),
+        "collect": 2 * blocks * calibrated * (models + own_pass),
         "accuracy": 2 * whole * _scored_tokens(recipe) * tested,
         "parity": 2 * whole * recipe.parity.tokens * 3 * len(quantized) if recipe.parity else 0,
     }

@@ -16,10 +16,10 @@ from test_flow import files_of
 OFF = ["--set", "throughput=off", "--set", "parity=off", "--set", "accuracy.divergence=off"]
 
 
-def start(recipe: Path, folder: Path, inputs: str) -> subprocess.Popen[bytes]:
-    words = ["--resume", *OFF, "--set", f"output={folder}", "--set", f"calibration.inputs={inputs}"]
+def start(recipe: Path, folder: Path, words: str) -> subprocess.Popen[bytes]:
+    arguments = ["--resume", *OFF, "--set", f"output={folder}", "--set", words]
     return subprocess.Popen(
-        [sys.executable, "-m", "quantbench", "calibrate", str(recipe), *words],
+        [sys.executable, "-m", "quantbench", "calibrate", str(recipe), *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -43,15 +43,17 @@ def kill_after(process: subprocess.Popen[bytes], folder: Path, more: int, delay:
     return False
 
 
-@pytest.mark.parametrize("inputs", ["float", "quantized"])
-def test_killed_at_random_moments(tiny_recipe: Path, tmp_path: Path, inputs: str) -> None:
+@pytest.mark.parametrize(
+    "words", ["calibration.inputs=float", "calibration.inputs=quantized", "transforms=[{rotate: {}}, {smooth: {}}]"]
+)
+def test_killed_at_random_moments(tiny_recipe: Path, tmp_path: Path, words: str) -> None:
     undisturbed = tmp_path / "undisturbed"
-    assert start(tiny_recipe, undisturbed, inputs).wait(300) == 0
+    assert start(tiny_recipe, undisturbed, words).wait(300) == 0
     chance = random.Random(os.environ.get("QUANTBENCH_TEST_SEED", "7"))
     disturbed, kills = tmp_path / "disturbed", 0
     for _ in range(4):
-        process = start(tiny_recipe, disturbed, inputs)
+        process = start(tiny_recipe, disturbed, words)
         kills += kill_after(process, disturbed, chance.randint(1, 60), chance.random() * 0.05)
     assert kills >= 2
-    assert start(tiny_recipe, disturbed, inputs).wait(300) == 0
+    assert start(tiny_recipe, disturbed, words).wait(300) == 0
     assert files_of(disturbed) == files_of(undisturbed)

@@ -16,6 +16,7 @@ from typing import Any
 
 from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.data import TokenBatches, load_tokens
+from quantbench.calibrate.rotated import model_of
 from quantbench.calibrate.sensitivity import HEAD, estimate_block, quantized_groups
 from quantbench.calibrate.trials import Trials, measure
 from quantbench.errors import RequestError
@@ -47,10 +48,11 @@ def estimated_losses(folder: Path, run: Run, names: Iterable[str], progress: Pro
     found: Losses = {}
     for name in wanted:
         checkpoint, table = _opened(folder, name)
+        model = model_of(run.source, run.plan.variants[name])
         losses: dict[str, float] = {}
         for layer in range(run.source.config.num_layers):
             seen = stats.load(_statistics(folder, name) / f"block_{layer:05d}.safetensors")
-            losses |= estimate_block(layer, run.source, checkpoint, table, seen)
+            losses |= estimate_block(layer, model, checkpoint, table, seen)
             progress.advance()
         if any(group.name == HEAD for group in quantized_groups(checkpoint)):
             losses[HEAD] = table[f"{HEAD}.weight"].loss or 0.0

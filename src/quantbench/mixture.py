@@ -22,7 +22,7 @@ from quantbench.errors import RecipeError, unknown
 from quantbench.infer.checkpoint.quantized import linear_shape
 from quantbench.pipeline import Options, Run, facts_of, load
 from quantbench.recipes.facts import Shape
-from quantbench.recipes.forecast import checkpoint_bytes, layer_bytes
+from quantbench.recipes.forecast import checkpoint_bytes, layer_bytes, rotates
 from quantbench.recipes.rules import first_match
 from quantbench.recipes.schema import Recipe
 from quantbench.recipes.sections import Section
@@ -63,6 +63,11 @@ class Mixture:
         """[out, in] of every linear."""
         return {name: linear_shape(name, self.run.source.config) for g in self.groups for name in g.linears}
 
+    @cached_property
+    def shares_head(self) -> bool:
+        """Whether a float head is the embedding; a rotated model has one of its own."""
+        return self.run.source.config.tie_word_embeddings and not any(map(rotates, self.variants.values()))
+
     def plan(self, variant: str, linear: str) -> LayerPlan:
         """What a candidate does with a linear; where it leaves it float, in the one float dtype of the mixture."""
         plan = self.variants[variant].layers[linear]
@@ -71,13 +76,13 @@ class Mixture:
     def bytes_of(self, variant: str, group: Group) -> int:
         """Bytes a group adds to the checkpoint. A float head that is the embedding adds none."""
         plans = [self.plan(variant, name) for name in group.linears]
-        if group.name == HEAD and self.run.source.config.tie_word_embeddings and not plans[0].quantized:
+        if group.name == HEAD and self.shares_head and not plans[0].quantized:
             return 0
         return sum(layer_bytes(p, self.shapes[p.name]) for p in plans)
 
     def float_bytes(self, group: Group) -> int:
         """The same of the group left float."""
-        if group.name == HEAD and self.run.source.config.tie_word_embeddings:
+        if group.name == HEAD and self.shares_head:
             return 0
         return sum(layer_bytes(LayerPlan(name, self.dtype), self.shapes[name]) for name in group.linears)
 

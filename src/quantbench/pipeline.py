@@ -16,6 +16,7 @@ from typing import Any
 
 from quantbench.calibrate.blocks import BlockJob, checkpoint_path, finish_checkpoints, quantize_blocks, streams
 from quantbench.calibrate.data import TokenBatches, load_tokens
+from quantbench.calibrate.rotated import require_rotatable
 from quantbench.errors import RecipeError, unknown
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.models import LINEARS, block_prefix, linear_names, linear_shapes, model_tensors
@@ -93,7 +94,9 @@ def load(recipe: str, options: Options) -> Run:
     source = open_model(asked.model)
     shapes = linear_shapes(source.config) | {"lm_head": (source.config.vocab_size, source.config.hidden_size)}
     layers = {name: shapes[name.split(".", 3)[-1]] for name in linear_names(source.config)}
-    return Run(asked, source, make_plan(asked, layers, facts_of(source)), Path(asked.output))
+    plan = make_plan(asked, layers, facts_of(source))
+    require_rotatable(source.config, plan.variants.values())
+    return Run(asked, source, plan, Path(asked.output))
 
 
 def facts_of(source: ModelSource) -> ModelFacts:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from quantbench.calibrate.blocks import BlockJob, checkpoint_path, finish_checkpoints, quantize_blocks
-from quantbench.calibrate.data import TokenBatches
-from quantbench.calibrate.paddle_forward import PaddleForward
+from quantbench.calibrate.blocks import BlockJob, checkpoint_path
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import ModelSource, open_model
-from quantbench.infer.models import LINEARS, block_prefix
 from quantbench.scales.statistics import load
 from quantbench.scales.table import ScaleTable
-from quantbench.vocabulary import CachePlan, LayerPlan, VariantPlan, parse_mode
+from tests.calibrate.job import plan, run
 from tests.tiny import write_tiny_model
 
 SEARCH = ({"smooth": {"alpha": "search"}},)
@@ -25,24 +21,6 @@ SEARCH = ({"smooth": {"alpha": "search"}},)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return open_model(str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")))
-
-
-def plan(source: ModelSource, name: str, mode: str, *transforms: dict[str, Any], **fields: Any) -> VariantPlan:
-    m = parse_mode(mode)
-    fields = {"granularity": "channel", "activations": m.activations} | fields
-    names = [f"{block_prefix(i)}.{line.name}" for i in range(source.config.num_layers) for line in LINEARS]
-    layers = {n: LayerPlan(n, m.weights, **fields) for n in names} | {"lm_head": LayerPlan("lm_head", "bfloat16")}
-    return VariantPlan(name, m, "bfloat16", CachePlan(m.cache), layers, transforms)
-
-
-def run(folder: Path, source: ModelSource, *variants: VariantPlan, **options: Any) -> BlockJob:
-    ids = np.random.default_rng(0).integers(0, 512, (6, 24)).astype(np.int32)
-    tokens = TokenBatches(ids, np.full(6, 24, np.int32), "0" * 64, "random")
-    forward = PaddleForward.of(source)
-    job = BlockJob(folder, source, forward, tokens, {v.name: v for v in variants}, batch=3, **options)
-    quantize_blocks(job, lambda _: None)
-    finish_checkpoints(job, lambda _: None)
-    return job
 
 
 def weight(job: BlockJob, variant: str, name: str) -> np.ndarray:

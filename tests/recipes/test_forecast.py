@@ -58,6 +58,18 @@ def test_a_quantized_head_is_stored_beside_a_tied_embedding(layers: dict[str, Sh
     assert head - plain == 320 * 192 + 320 * 4 + 16
 
 
+def test_a_rotated_model_has_a_head_of_its_own_and_is_run_itself(layers: dict[str, Shape], facts: ModelFacts) -> None:
+    text = "model: m\nmodes: [bf16, {name: v, mode: a8w8, transforms: []}, {name: w, mode: a8w8, transforms: []}]\n"
+    turned = text.replace("transforms: []", "transforms: [{rotate: {}}]")
+    other = turned.replace("{rotate: {}}", "{rotate: {seed: 1}}", 1)
+    plain, same, two = (make_plan(load_recipe(t), layers, facts).forecast for t in (text, turned, other))
+    assert same.checkpoint_bytes["v"] - plain.checkpoint_bytes["v"] == 320 * 192 * 4
+    assert same.checkpoint_bytes["bf16"] == plain.checkpoint_bytes["bf16"]
+    once = plain.seconds_of["collect"]
+    assert same.seconds_of["collect"] == pytest.approx(2 * once)
+    assert two.seconds_of["collect"] == pytest.approx(3 * once)
+
+
 def test_hidden_states_spill_above_the_limit(layers: dict[str, Shape], facts: ModelFacts) -> None:
     text = "model: m\ncalibration: {samples: 1000, length: 1000, spill_above: 1MiB}\naccuracy: {divergence: off}\n"
     spilled = make_plan(load_recipe(text), layers, facts).forecast
