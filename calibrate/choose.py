@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantbench.calibrate.apply import fold_block, tap_factors, transformed
+from quantbench.calibrate.diagnosis import Behind, Diagnosis
 from quantbench.calibrate.transforms import TRANSFORMS, Block, Sample
 from quantbench.calibrate.transforms.weight_entries import fused_groups, short, weight_entries
 from quantbench.errors import CalibrationError
@@ -35,19 +36,23 @@ def choose_block(
     config: ModelConfig,
     reobserve: Reobserve | None = None,
     sample: Sample | None = None,
+    diagnosis: Diagnosis | None = None,
 ) -> ScaleTable:
     """The scale table of one block under one variant; empty where nothing of the block is quantized.
 
     `reobserve` gives the statistics of taps behind transforms; it is called, at most once, only where an observer other
-    than absmax decides such a tap. `sample` gives rows of taps; only searches over transforms ask for it. Raises
-    CalibrationError (NaN, absent statistics, no rows to search on), RecipeError (unknown words).
+    than absmax decides such a tap. `sample` gives rows of taps; only searches over transforms ask for it. `diagnosis`
+    is told the noise before and behind every transform. Raises CalibrationError (NaN, absent statistics, no rows to
+    search on), RecipeError (unknown words).
     """
     block = Block(layer, weights, statistics, variant, config, sample)
-    table = ScaleTable()
-    for transform in variant.transforms:
-        for name, options in transform.items():
-            for entry in TRANSFORMS[name].decide(block, table, options or {}):
-                table.add(entry)
+    table, before = ScaleTable(), ""
+    for name, options in (item for words in variant.transforms for item in words.items()):
+        if diagnosis:
+            diagnosis(before, block, table)
+        for entry in TRANSFORMS[name].decide(block, table, options or {}):
+            table.add(entry)
+        before = name
     seen = _observed(block, table, reobserve)
     folded = fold_block(layer, weights, table, config)
     for entry in (
@@ -56,6 +61,8 @@ def choose_block(
         *_caches(block, seen),
     ):
         table.add(entry)
+    if diagnosis:
+        diagnosis(before, block, table, Behind(folded, seen))
     return table
 
 

@@ -107,13 +107,13 @@ def _weight_loss(
     noise = signal = 0.0
     for name in group.linears:
         w, stored = folded[f"{name.split('.', 3)[3]}.weight"], checkpoint.linear(name).weight
-        signal += _output_energy(w, moments, hessian)
+        signal += output_energy(w, moments, hessian)
         if isinstance(stored, QuantizedWeight):
-            noise += _output_energy(w - dequantize_weight(stored), moments, hessian)
+            noise += output_energy(w - dequantize_weight(stored), moments, hessian)
     return noise / signal if signal else 0.0
 
 
-def _output_energy(w: F32, moments: F64, hessian: F64 | None) -> float:
+def output_energy(w: F32, moments: F64, hessian: F64 | None) -> float:
     """sum_n E (w_n x)^2 up to the number of tokens: tr(w H wT), or its diagonal."""
     if hessian is None:
         return float(np.einsum("nk,nk->k", w, w, dtype=np.float64) @ moments)
@@ -123,19 +123,22 @@ def _output_energy(w: F32, moments: F64, hessian: F64 | None) -> float:
 
 
 def _input_loss(group: Group, checkpoint: ModelSource, table: ScaleTable, moments: F64) -> float:
-    """E|dx|^2 / E|x|^2: of a static scale what the table says (else rounding alone); of scales per token, rounding
-    under a range of sqrt(max(largest moment, 2 ln C times the mean one)): a channel that is always large, or else the
-    expected largest of C normal values."""
+    """E|dx|^2 / E|x|^2: of a static scale what the table says, else what `input_noise` does."""
     linear = checkpoint.linear(group.linears[0])
     if linear.activations is None:
         return 0.0
     entry = table[f"{group.linears[0]}.input"]
-    if entry.loss is not None:
-        return entry.loss
-    if linear.activations == "fp8_e4m3":
+    return input_noise(linear.activations, linear.input_scale, moments) if entry.loss is None else entry.loss
+
+
+def input_noise(activations: str, scale: float | None, moments: F64) -> float:
+    """E|dx|^2 / E|x|^2 of rounding an input with these E x_c^2 (f64[C]): under a static `scale`, none of it beyond the
+    range; with scales per token (None) under a range of sqrt(max(largest moment, 2 ln C times the mean one)): a channel
+    that is always large, or else the expected largest of C normal values."""
+    if activations == "fp8_e4m3":
         return _E4M3_ROUNDING
     mean = max(float(moments.mean()), 1e-300)
-    if linear.input_scale is not None:
-        return linear.input_scale**2 / 12 / mean
+    if scale is not None:
+        return scale**2 / 12 / mean
     top = max(float(moments.max()), 2 * np.log(len(moments)) * mean)
     return float(top / 127**2 / 12 / mean)
