@@ -1,0 +1,209 @@
+"""Linear layers on the device: how a weight lies there, which kernel multiplies it, and the launch.
+
+    stream   few tokens: weights straight from memory into tensor-core registers; every kind
+    tile     many tokens, inputs and weights of one kind (int8, e4m3, bf16)
+    plain    everything else: any kinds, any shape, slow
+
+`choose` decides from kinds and shapes alone; tests force each kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quantbench.infer.cuda import rows
+from quantbench.infer.cuda.array import DeviceArray
+from quantbench.infer.cuda.device import Device
+from quantbench.infer.cuda.kinds import BF16, DTYPES, E4M3, F16, F32, INT4, INT8, kind_of
+from quantbench.infer.cuda.weight import DeviceWeight
+from quantbench.infer.ops.pack import INT8_DOT, Part
+from quantbench.infer.ops.types import Activation, Array
+
+INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
+STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
+TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
+WIDE_TOKENS = 128  # above it a quantized weight with float inputs is widened to bf16 first
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear to run: kinds of inputs and weights (INT8 for INT8_DOT), and its sizes."""
+
+    x: int
+    w: int
+    tokens: int
+    columns: int
+    group: int  # inputs per weight scale; 0: one scale per row, or none
+    zero: bool
+
+
+def fields(kind: int, rows: int, columns: int, group_size: int, zero: bool) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of a device weight's arrays. Scales and zero points are [K / group, N], one row per group."""
+    groups = -(-columns // group_size) if group_size else 1
+    if kind == INT4:
+        codes: tuple[tuple[int, ...], Any] = (rows, -(-columns // INT4_BLOCK) * INT4_BLOCK // 2), np.dtype(np.uint8)
+    else:
+        codes = (rows, columns), DTYPES[_base(kind)]
+    out = {"codes": codes}
+    if kind not in (F32, BF16, F16):
+        out["scale"] = (groups, rows), np.dtype(np.float32)
+    if zero:
+        out["zero"] = (groups, rows), np.dtype(np.int32)
+    return out
+
+
+def pack(device: Device, part: Part) -> DeviceWeight:
+    """The weights of `part` on the device: codes row by row, int4 codes in the order that kernels unpack."""
+    codes = np.concatenate(part.codes) if len(part.codes) > 1 else part.codes[0]
+    if part.kind == INT4:
+        codes = pack_int4(codes)
+    return DeviceWeight(
+        part.kind,
+        part.rows,
+        part.columns,
+        device.upload(np.ascontiguousarray(codes)),
+        None if part.scale is None else device.upload(np.ascontiguousarray(part.scale.T)),
+        None if part.zero is None else device.upload(np.ascontiguousarray(part.zero.T)),
+        part.group_size,
+        None if part.bias is None else device.upload(part.bias),
+        part.activations,
+    )
+
+
+def pack_int4(codes: Array) -> Array:
+    """int8 codes [N, K] in -8..7 as bytes [N, ceil(K / 128) * 64].
+
+    A word holds eight neighbours, stored as code + 8, in nibbles 0 2 4 6 1 3 5 7 of increasing input: two neighbours
+    then stand 16 bits apart, where tensor-core registers want them. The 16 words of 128 inputs are transposed as a
+    4 x 4 matrix, so that the 16 bytes that lane t of four reads are inputs 8t.. of each run of 32: a tensor-core step
+    then takes 32 inputs of one group.
+    """
+    rows, columns = codes.shape
+    padded = np.zeros((rows, -(-columns // INT4_BLOCK) * INT4_BLOCK), np.int8)
+    padded[:, :columns] = codes
+    nibbles = (padded.reshape(rows, -1, 8) + 8).astype(np.uint32)
+    words = np.zeros(nibbles.shape[:2], np.uint32)
+    for i in range(8):
+        words |= nibbles[:, :, i] << np.uint32(4 * (i % 2 * 4 + i // 2))
+    words = words.reshape(rows, -1, 4, 4).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(words).reshape(rows, -1).view(np.uint8)
+
+
+def linear(device: Device, a: Activation, w: DeviceWeight, out: DeviceArray, column: int = 0) -> None:
+    """Columns column.. of out[T, ...] = a @ w.T + bias. int8 codes times int8 weights accumulate exactly."""
+    codes = a.codes is not None and (a.values is None or w.activations is not None)
+    x: Any = a.codes if codes else a.values
+    one = Linear(kind_of(x.dtype), _base(w.kind), len(x), w.columns, _group(w), w.zero is not None)
+    run = KERNELS[choose(one, w.kind == INT8_DOT, device.dtype == np.float32)]
+    run(device, one, x, a.scale if codes else None, w, out, column)
+
+
+def choose(one: Linear, exact: bool, same: bool) -> str:
+    """Name of the kernel for `one`. `exact`: int8 weights made for int8 inputs. `same`: a row's result may not depend
+    on how many rows there are, so floats are always summed in the order of one kernel."""
+    if _only_plain(one, exact):
+        return "plain"
+    if one.tokens <= STREAM_TOKENS or (same and one.x != INT8):
+        return "stream"
+    if one.w == one.x or one.w == BF16:
+        return "tile"
+    return "widen" if one.tokens > WIDE_TOKENS and one.x == BF16 else "stream"
+
+
+def _only_plain(one: Linear, exact: bool) -> bool:
+    """Whether no tensor-core kernel takes these kinds and shapes."""
+    if one.columns % 16:
+        return True
+    if one.x in (INT8, E4M3):
+        return one.x != one.w or one.group > 0 or one.zero or (one.x == INT8 and not exact)
+    if one.w in (F32, F16, BF16):
+        return one.w != (F16 if one.x == F16 else BF16)
+    if one.w != INT4:
+        return one.zero or one.group % 64 > 0
+    return one.group not in (0, 32, 64) and one.group % 128 > 0
+
+
+def _stream(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    tiles = next(n for n in (1, 2, 4, 8) if n * 8 >= one.tokens or n == 8)
+    kernel = device.kernel(
+        "stream.cu", "linear_stream", X=one.x, W=one.w, OUT=kind_of(out.dtype), TILES=tiles, GROUP=one.group,
+        ASYM=int(one.zero), GATED=0,
+    )  # fmt: skip
+    grid = min(-(-w.rows // 16), 2 * device.multiprocessors), -(-one.tokens // (8 * tiles))
+    device.launch(
+        kernel, grid, 256, x, scale, _step(scale), w.codes, w.scale, w.zero, w.bias, out, np.int64(out.shape[1]),
+        column, one.tokens, w.rows, w.columns, np.int64(w.codes.nbytes // w.rows), 1.0,
+    )  # fmt: skip
+
+
+def _tile(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    wrap = one.x == F32
+    if wrap:
+        x = rows.split_bf16(device, x)
+    kind = BF16 if wrap else one.x
+    tokens = 64 if kind == E4M3 or one.tokens <= 64 else 128
+    kernel = device.kernel(
+        "tile.cu", "linear_tile", ELEMENT=kind, OUT=kind_of(out.dtype), TOKENS=tokens, WRAP=int(wrap)
+    )
+    shared = max(TILE_STAGES * (TILE_ROWS + tokens) * SLICE, tokens * (TILE_ROWS + 4) * 4)
+    device.launch(
+        kernel, (-(-one.tokens // tokens), -(-w.rows // TILE_ROWS)), 256, x, scale, _step(scale), w.codes, w.scale,
+        w.bias, out, np.int64(out.shape[1]), column, one.tokens, w.rows, w.columns, shared=shared,
+    )  # fmt: skip
+
+
+def _plain(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    exact = w.kind == INT8_DOT and one.x == INT8
+    kernel = device.kernel(
+        "plain.cu", "linear_plain", X=one.x, W=one.w, OUT=kind_of(out.dtype), ASYM=int(one.zero), EXACT=int(exact)
+    )
+    device.launch(
+        kernel, (-(-w.rows // 64), -(-one.tokens // 64)), 256, x, scale, _step(scale), w.codes, w.scale, w.zero, w.bias,
+        out, np.int64(out.shape[1]), column, one.tokens, w.rows, w.columns, np.int64(w.codes.nbytes // w.rows),
+        w.group_size or w.columns,
+    )  # fmt: skip
+
+
+def _widen(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    wide = widened(device, w)
+    _tile(device, Linear(one.x, BF16, one.tokens, one.columns, 0, False), x, None, wide, out, column)
+
+
+def widened(device: Device, w: DeviceWeight) -> DeviceWeight:
+    """A quantized weight as bf16 [N, K], in room of the step."""
+    codes = device.empty((w.rows, w.columns), np.dtype(ml_dtypes.bfloat16))
+    kernel = device.kernel(
+        "plain.cu", "widen_weight", X=BF16, W=_base(w.kind), OUT=BF16, ASYM=int(w.zero is not None), EXACT=0
+    )
+    device.launch(
+        kernel, (-(-w.columns // 512), w.rows), 256, w.codes, w.scale, w.zero, codes, w.rows, w.columns,
+        np.int64(w.codes.nbytes // w.rows), w.group_size or w.columns,
+    )  # fmt: skip
+    return DeviceWeight(BF16, w.rows, w.columns, codes, bias=w.bias)
+
+
+KERNELS = {"stream": _stream, "tile": _tile, "plain": _plain, "widen": _widen}
+
+
+def _base(kind: int) -> int:
+    return INT8 if kind == INT8_DOT else kind
+
+
+def _group(w: DeviceWeight) -> int:
+    return w.group_size if w.scale is not None and w.scale.shape[0] > 1 else 0
+
+
+def _step(scale: Any) -> int:
+    return 0 if scale is None or scale.size == 1 else 1

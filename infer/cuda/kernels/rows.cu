@@ -1,0 +1,123 @@
+// Operations on rows of activations: embed, add + RMS norm, quantize, SwiGLU. One block per row, the row in registers.
+//
+// Macros: WIDTH (columns of the result), THREADS, IO (F32 | BF16 | F16: floats between operations), FORMAT (0: stay
+// float, INT8, E4M3), STATIC (1: `given` is the scale of every row; 0: one scale per row is computed and stored),
+// KEEP (1: floats are stored beside the codes).
+#include "common.cuh"
+
+#ifndef STATIC
+#define STATIC 0
+#endif
+#ifndef KEEP
+#define KEEP 0
+#endif
+
+constexpr int V = WIDTH % 8 == 0 ? 8 : WIDTH % 4 == 0 ? 4 : 1;
+constexpr int kVectors = WIDTH / V, kChunks = (kVectors + THREADS - 1) / THREADS;
+
+struct Row {
+    float v[kChunks][V];
+};
+
+DEVICE bool holds(int chunk) { return chunk * THREADS + int(threadIdx.x) < kVectors; }
+DEVICE int column(int chunk) { return (chunk * THREADS + int(threadIdx.x)) * V; }
+
+// Stores the row as the macros say. Codes follow the reference: absmax / 127 (448), division, round half to even.
+DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scales, float given, u32* bad) {
+    __shared__ u32 shared[32];
+    if constexpr (FORMAT == 0 || KEEP) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+            if (holds(c)) store_vector<IO>(values, start + column(c), row.v[c]);
+    }
+    if constexpr (FORMAT != 0) {
+        u32 top = 0;  // of the magnitudes' bits: NaN and infinity compare above every number
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+            for (int j = 0; j < V; ++j)
+                if (holds(c)) top = max(top, __float_as_uint(row.v[c][j]) & 0x7fffffffu);
+        float scale = given;
+        if constexpr (!STATIC) {
+            top = block_max<THREADS>(top, shared);
+            scale = dynamic_scale<FORMAT>(__uint_as_float(top));
+            if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+        } else if (blockIdx.x == 0 && threadIdx.x == 0) {
+            scales[0] = given;
+        }
+        if (top >= 0x7f800000u) atomicOr(bad, 1u);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            u8 q[V];
+#pragma unroll
+            for (int j = 0; j < V; ++j) q[j] = encode<FORMAT>(row.v[c][j], scale);
+            if (holds(c)) store_codes<V>(codes, start + column(c), q);
+        }
+    }
+}
+
+// x += delta (delta may be null); RMS norm (Zhang & Sennrich 2019) of x times weight; x f32[T, WIDTH].
+KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, const float* weight, double eps, void* values,
+                                                u8* codes, float* scales, float given, u32* bad) {
+    __shared__ double shared[32];
+    let_successor_start();
+    Row row;
+    float w[kChunks][V];
+    s64 start = s64(blockIdx.x) * WIDTH;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+        if (holds(c)) load_vector<F32>(weight, column(c), w[c]);
+    wait_for_predecessor();
+    double sum = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+        if (!holds(c)) continue;
+        load_vector<F32>(x, start + column(c), row.v[c]);
+        if (delta) {
+            float d[V];
+            load_vector<IO>(delta, start + column(c), d);
+#pragma unroll
+            for (int j = 0; j < V; ++j) row.v[c][j] += d[j];
+            store_vector<F32>(x, start + column(c), row.v[c]);
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += double(row.v[c][j]) * double(row.v[c][j]);
+    }
+    float inverse = inverse_root(block_sum<THREADS>(sum, shared) / WIDTH + eps);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int j = 0; j < V; ++j) row.v[c][j] = row.v[c][j] * inverse * w[c][j];
+    emit(row, start, values, codes, scales, given, bad);
+}
+
+// x IO[T, WIDTH] to codes.
+KERNEL void __launch_bounds__(THREADS) quantize(const void* x, u8* codes, float* scales, float given, u32* bad) {
+    let_successor_start();
+    wait_for_predecessor();
+    Row row;
+    s64 start = s64(blockIdx.x) * WIDTH;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+        if (holds(c)) load_vector<IO>(x, start + column(c), row.v[c]);
+    emit(row, start, nullptr, codes, scales, given, bad);
+}
+
+// silu(first half) * second half of gate_up IO[T, 2 WIDTH] (SwiGLU, Shazeer 2020).
+KERNEL void __launch_bounds__(THREADS) silu_mul(const void* gate_up, void* values, u8* codes, float* scales, float given,
+                                                u32* bad) {
+    let_successor_start();
+    wait_for_predecessor();
+    Row row;
+    s64 start = s64(blockIdx.x) * WIDTH;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+        if (!holds(c)) continue;
+        float gate[V], up[V];
+        load_vector<IO>(gate_up, 2 * start + column(c), gate);
+        load_vector<IO>(gate_up, 2 * start + WIDTH + column(c), up);
+#pragma unroll
+        for (int j = 0; j < V; ++j) row.v[c][j] = swiglu<IO == F32>(gate[j], up[j]);
+    }
+    emit(row, start, values, codes, scales, given, bad);
+}

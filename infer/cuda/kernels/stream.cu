@@ -1,0 +1,241 @@
+// Linear layers for few tokens: y[T, N] = x[T, K] w[N, K]^T, limited by reading w once.
+//
+// A warp streams 16 weight rows straight from memory into tensor-core registers (no shared memory: a lane reads 16 bytes
+// of rows g and g + 8 and the tokens' matching inputs). The warps of a block share the rows and divide K; their partial
+// sums are added in a fixed order, so results repeat. Blocks walk over the row tiles and ask for the next tile's weights
+// before the current is finished; the first weights are asked for before the predecessor has finished.
+//
+// Macros: X (INT8 | E4M3 codes; F32 | BF16 | F16 values), W (kind of the weights; with codes in X the same kind),
+// OUT (F32 | BF16 | F16 | INT8 | E4M3), TILES (of 8 tokens), GROUP (inputs per weight scale, 0: one per row),
+// ASYM (1: int4 zero points), GATED (1: rows are gate then up; y = silu(gate) * up has N / 2 columns).
+#include "common.cuh"
+#include "mma.cuh"
+
+constexpr bool kCodes = X == INT8 || X == E4M3;
+constexpr int kWarps = 8, kDepth = 4;
+constexpr int kWeightBits = W == INT4 ? 4 : W == INT8 || W == E4M3 ? 8 : 16;
+constexpr int kLaneInputs = 128 / kWeightBits, kBlock = 4 * kLaneInputs;  // inputs per 16 bytes; per step of a warp
+constexpr int kKind = X == F16 ? F16 : BF16;                             // of the 16-bit products
+constexpr int kSub = GROUP && GROUP < kBlock ? GROUP : kBlock;           // inputs that share a scale within a step
+constexpr int kPad = 20;                                                 // floats per token in the exchange: no bank twice
+
+template <bool INTEGER> struct Sum { typedef float type; };
+template <> struct Sum<true> { typedef int type; };
+typedef Sum<X == INT8>::type sum_t;
+
+struct Weights {
+    uint4 low, high;  // rows g and g + 8
+};
+
+struct Linear {
+    const void* x;
+    const float* x_scale;
+    int x_step;  // 1: one scale per token, 0: one for all
+    const u8* w;
+    const float* w_scale;  // [K / GROUP, N]
+    const int* w_zero;
+    const float* bias;
+    void* out;
+    s64 out_stride;
+    int out_column, tokens, rows, columns;
+    s64 row_bytes;
+    float out_scale;
+};
+
+DEVICE int row_of(const Linear& l, int tile, int place) {  // place 0..15 of a tile; beyond the last row: the last
+    int half = l.rows / 2;
+    if constexpr (GATED) return place < 8 ? min(tile * 8 + place, half - 1) : half + min(tile * 8 + place - 8, half - 1);
+    else return min(tile * 16 + place, l.rows - 1);
+}
+
+DEVICE uint4 load_stream(const void* p) {  // read once: leaves the caches to others
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+// 16 bytes of each of two rows, at step `block` of K; zeros beyond the end of a row.
+DEVICE Weights load_weights(const Linear& l, int tile, int block, int end, int lane) {
+    Weights w{};
+    s64 byte = (s64(block) * 4 + lane % 4) * 16;
+    if (block < end && byte < l.row_bytes) {
+        w.low = load_stream(l.w + row_of(l, tile, lane / 4) * l.row_bytes + byte);
+        w.high = load_stream(l.w + row_of(l, tile, lane / 4 + 8) * l.row_bytes + byte);
+    }
+    return w;
+}
+
+DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Register `pair` (0..3) of octet `octet`: inputs 2 pair and 2 pair + 1 of the lane's eight, as 16-bit floats.
+DEVICE u32 weight_pair(const uint4& row, int octet, int pair, u32 offset) {
+    if constexpr (W == INT4) return widen_int4<kKind>(word(row, octet), pair, offset);
+    else if constexpr (W == BF16 || W == F16) return word(row, pair);
+    else return widen<W, kKind>(word(row, octet * 2 + pair / 2) >> (pair % 2 * 16));
+}
+
+// The lane's inputs `octet` of a step, of one token: four registers, and for float inputs what bf16 left over.
+struct Inputs {
+    uint4 high, rest;
+};
+DEVICE Inputs load_inputs(const Linear& l, s64 row, int block, int octet, int lane) {
+    int t = lane % 4, k = block * kBlock + (W == INT4 ? octet * 32 + t * 8 : t * kLaneInputs + octet * 8);
+    Inputs in{};
+    if (k >= l.columns) return in;
+    if constexpr (X == F32) {
+        float v[8];
+        load_vector<F32>(l.x, row * l.columns + k, v);
+        u32 high[4], rest[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            high[i] = pack_bf16(v[2 * i], v[2 * i + 1]);
+            rest[i] = pack_bf16(v[2 * i] - __uint_as_float(high[i] << 16), v[2 * i + 1] - __uint_as_float(high[i] & 0xffff0000u));
+        }
+        in.high = *(uint4*)high;
+        in.rest = *(uint4*)rest;
+    } else {
+        in.high = *(const uint4*)((const u16*)l.x + row * l.columns + k);
+    }
+    return in;
+}
+
+// One step of codes by codes: 16 bytes of each row against 16 bytes of each token.
+DEVICE void multiply_codes(const Linear& l, const Weights& w, int block, int first_token, int lane, sum_t (&sum)[TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        s64 row = min(first_token + n * 8 + lane / 4, l.tokens - 1), k = (s64(block) * 4 + lane % 4) * 16;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (k < l.columns) x = *(const uint4*)((const u8*)l.x + row * l.columns + k);
+        mma_codes(sum[n], w.low.x, w.high.x, w.low.y, w.high.y, x.x, x.y);
+        mma_codes(sum[n], w.low.z, w.high.z, w.low.w, w.high.w, x.z, x.w);
+    }
+}
+
+// One step of 16-bit products. Sums of inputs that share a scale are kept apart until the scale is applied.
+DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int block, int first_token, int lane,
+                            float (&sum)[TILES][4]) {
+    int low = row_of(l, tile, lane / 4), high = row_of(l, tile, lane / 4 + 8);
+    u32 offset_low = int4_offset<kKind>(0), offset_high = offset_low;
+    if constexpr (ASYM && GROUP == 0) {
+        offset_low = int4_offset<kKind>(l.w_zero[low]);
+        offset_high = int4_offset<kKind>(l.w_zero[high]);
+    }
+#pragma unroll
+    for (int sub = 0; sub < kBlock / kSub; ++sub) {
+        s64 group = GROUP ? min((s64(block) * kBlock + sub * kSub) / max(GROUP, 1), s64((l.columns - 1) / max(GROUP, 1))) : 0;
+        if constexpr (ASYM && GROUP) {
+            offset_low = int4_offset<kKind>(l.w_zero[group * l.rows + low]);
+            offset_high = int4_offset<kKind>(l.w_zero[group * l.rows + high]);
+        }
+        u32 a[kSub / 32][4], b[kSub / 32][4];
+#pragma unroll
+        for (int o = 0; o < kSub / 32; ++o)
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                a[o][p] = weight_pair(w.low, sub * (kSub / 32) + o, p, offset_low);
+                b[o][p] = weight_pair(w.high, sub * (kSub / 32) + o, p, offset_high);
+            }
+        float scale_low = GROUP ? l.w_scale[group * l.rows + low] : 1.0f;
+        float scale_high = GROUP ? l.w_scale[group * l.rows + high] : 1.0f;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            float part[4] = {};
+            float(&to)[4] = GROUP ? part : sum[n];
+            s64 row = min(first_token + n * 8 + lane / 4, l.tokens - 1);
+#pragma unroll
+            for (int o = 0; o < kSub / 32; ++o) {
+                Inputs x = load_inputs(l, row, block, sub * (kSub / 32) + o, lane);
+                mma_16bit<kKind>(to, a[o][0], b[o][0], a[o][1], b[o][1], x.high.x, x.high.y);
+                mma_16bit<kKind>(to, a[o][2], b[o][2], a[o][3], b[o][3], x.high.z, x.high.w);
+                if constexpr (X == F32) {
+                    mma_16bit<kKind>(to, a[o][0], b[o][0], a[o][1], b[o][1], x.rest.x, x.rest.y);
+                    mma_16bit<kKind>(to, a[o][2], b[o][2], a[o][3], b[o][3], x.rest.z, x.rest.w);
+                }
+            }
+            if constexpr (GROUP != 0) {
+                sum[n][0] += part[0] * scale_low, sum[n][1] += part[1] * scale_low;
+                sum[n][2] += part[2] * scale_high, sum[n][3] += part[3] * scale_high;
+            }
+        }
+    }
+}
+
+template <bool CODES, class S>
+DEVICE void multiply(const Linear& l, const Weights& w, int tile, int block, int first_token, int lane, S (&sum)[TILES][4]) {
+    if constexpr (CODES) multiply_codes(l, w, block, first_token, lane, sum);
+    else multiply_values(l, w, tile, block, first_token, lane, sum);
+}
+
+// The finished value of one row and token; products and sums rounded one by one, as the CPU does.
+DEVICE float finish(const Linear& l, float total, int row, int token) {
+    float scale = GROUP || !l.w_scale ? 1.0f : l.w_scale[row];
+    if constexpr (kCodes) scale = __fmul_rn(l.x_scale[l.x_step * token], scale);
+    float y = __fmul_rn(total, scale);
+    return l.bias ? __fadd_rn(y, l.bias[row]) : y;
+}
+
+DEVICE void store_tile(const Linear& l, int tile, int first_token, const sum_t* exchange) {
+    constexpr int kColumns = GATED ? 8 : 16;
+    for (int i = threadIdx.x; i < kColumns * 8 * TILES; i += kWarps * 32) {
+        int place = i % kColumns, token = i / kColumns, column = tile * kColumns + place;
+        if (first_token + token >= l.tokens || column >= (GATED ? l.rows / 2 : l.rows)) continue;
+        sum_t total = 0, up = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            const sum_t* part = exchange + (w * 8 * TILES + token) * kPad;
+            total += part[place];
+            if constexpr (GATED) up += part[place + 8];
+        }
+        float y = finish(l, float(total), column, first_token + token);
+        if constexpr (GATED) y = swiglu<X == F32>(y, finish(l, float(up), l.rows / 2 + column, first_token + token));
+        s64 at = s64(first_token + token) * l.out_stride + l.out_column + column;
+        if constexpr (OUT == INT8 || OUT == E4M3) ((u8*)l.out)[at] = encode<OUT>(y, l.out_scale);
+        else store_one<OUT>(l.out, at, y);
+    }
+}
+
+KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 ? 2 : 1)
+    linear_stream(const void* x, const float* x_scale, int x_step, const u8* w, const float* w_scale, const int* w_zero,
+                  const float* bias, void* out, s64 out_stride, int out_column, int tokens, int rows, int columns,
+                  s64 row_bytes, float out_scale) {
+    __shared__ sum_t exchange[kWarps * 8 * TILES * kPad];
+    Linear l{x, x_scale, x_step, w, w_scale, w_zero, bias, out, out_stride, out_column, tokens, rows, columns, row_bytes, out_scale};
+    let_successor_start();
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * 8 * TILES;
+    int tiles = GATED ? (rows / 2 + 7) / 8 : (rows + 15) / 16, blocks = (columns + kBlock - 1) / kBlock;
+    int begin = blocks * warp / kWarps, end = blocks * (warp + 1) / kWarps;
+    int batches = ((blocks + kWarps - 1) / kWarps + kDepth - 1) / kDepth;
+    int mine = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);  // tiles of this block
+    Weights next[kDepth];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) next[d] = load_weights(l, blockIdx.x, begin + d, end, lane);
+    wait_for_predecessor();
+    for (int m = 0; m < mine; ++m) {
+        int tile = blockIdx.x + m * gridDim.x;
+        sum_t sum[TILES][4] = {};
+        for (int batch = 0; batch < batches; ++batch) {
+            Weights current[kDepth];
+            bool last = batch + 1 == batches;
+            int next_tile = last ? tile + gridDim.x : tile, next_block = begin + (last ? 0 : (batch + 1) * kDepth);
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                current[d] = next[d];
+                next[d] = load_weights(l, next_tile, next_block + d, last && m + 1 == mine ? 0 : end, lane);
+            }
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                int block = begin + batch * kDepth + d;
+                if (block >= end) break;
+                multiply<kCodes>(l, current[d], tile, block, first_token, lane, sum);
+            }
+        }
+        sum_t* part = exchange + warp * 8 * TILES * kPad;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) part[(n * 8 + lane % 4 * 2 + c % 2) * kPad + lane / 4 + c / 2 * 8] = sum[n][c];
+        __syncthreads();
+        store_tile(l, tile, first_token, exchange);
+        __syncthreads();
+    }
+}
