@@ -20,12 +20,13 @@ from quantbench.calibrate.apply import apply_block
 from quantbench.calibrate.choose import Reobserve, choose_block, choose_head
 from quantbench.calibrate.collect import Collect, advance_block, collect_block
 from quantbench.calibrate.data import TokenBatches
+from quantbench.calibrate.diagnosis import Diagnosis, merge_files
 from quantbench.calibrate.forward import BlockForward, Float
 from quantbench.calibrate.hidden import HiddenStates
 from quantbench.calibrate.rotated import Turn, first_hidden, model_of, rotation_table
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
-from quantbench.calibrate.transforms import Sample, hessian_taps
+from quantbench.calibrate.transforms import Block, Sample, hessian_taps
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.checkpoint.write import CheckpointWriter
@@ -177,10 +178,14 @@ def decide_and_write(
     """One block of every variant: its scale table to work/, its tensors to the checkpoint's shard."""
     config = job.source.config
     for name, writer in writers.items():
-        variant = job.variants[name]
-        table = choose_block(layer, weights, seen, variant, config, looks.reobserve, looks.sample)
+        variant, diagnosis = job.variants[name], Diagnosis()
+        table = choose_block(layer, weights, seen, variant, config, looks.reobserve, looks.sample, diagnosis)
         table.save(table_folder(job, variant, layer))
         writer.add_block(layer, apply_block(layer, weights, table, variant, config, seen))
+        if any(plan.quantized and plan.method != "rtn" for plan in variant.layers.values()):
+            held = writer.partial_source()
+            diagnosis.stored(Block(layer, weights, seen, variant, config), table, lambda n, s=held: s.linear(n).weight)
+        diagnosis.save(table_folder(job, variant, layer))
 
 
 def hand_on(job: BlockJob, writer: CheckpointWriter, layer: int, hidden: HiddenStates) -> HiddenStates:
@@ -208,6 +213,7 @@ def finish_checkpoints(job: BlockJob, tick: Tick) -> None:
             table = ScaleTable.merge(*block_tables(job, variant), *outside)
             folder = job.folder / "scales" / variant.name
             table.save(folder)
+            merge_files((table_folder(job, variant, i) for i in range(job.source.config.num_layers)), folder)
             config = job.source.config
             write_seed_tables(folder, table, config.family, config.num_heads // config.num_kv_heads)
             CheckpointWriter(checkpoint_path(job.folder, variant.name), model, variant).finish(table)
