@@ -64,27 +64,38 @@ class AwqScale:
 def awq_scale(
     readers: Sequence[Reader], statistics: Statistics | None, grid: AwqGrid | None = None, magnitude: F32 | None = None
 ) -> AwqScale:
-    """The best factors for one input and all linears that read it.
+    """The best factors for one input that stays float and all linears that read it.
 
     statistics: of that input, with its Hessian [K, K]. magnitude f32[K]: the paper's mean of |x| per channel; the root
     mean square, which the Hessian's diagonal holds, unless given. A channel that is zero in the input or in every
     weight keeps factor 1. Raises CalibrationError without a Hessian or for NaN or Inf, RecipeError for steps < 1.
     """
     grid = grid or AwqGrid()
-    if grid.steps < 1:
-        raise RecipeError(f"awq.steps is {grid.steps}; it is the number of alphas to try, at least 1 (the paper's: 20)")
     hessian = hessian_of(statistics, readers[0].name, "awq")
     for reader in readers:
         require_finite(reader.weight, f"{reader.name}.weight")
     seen = [_Seen(reader, grid.rows) for reader in readers]
     narrow = hessian.astype(np.float32)
     act = np.sqrt(np.diagonal(hessian)) if magnitude is None else magnitude.astype(np.float64)
-    tried = [(c, _loss(seen, c[2], narrow)) for c in _candidates(act, _weight_mean(readers), grid)]
-    best = min(tried, key=lambda t: t[1])[0]
-    plain, loss = (_loss(seen, f, hessian) for f in (np.ones_like(best[2]), best[2]))
+    found = awq_search([reader.weight for reader in readers], act, grid, lambda factors: _loss(seen, factors, narrow))
+    plain, loss = (_loss(seen, f, hessian) for f in (np.ones_like(found.factors), found.factors))
     if loss >= plain:  # float32 told them apart by its last digits
-        return AwqScale(np.ones_like(best[2]), 0.0, False, plain, plain)
-    return AwqScale(best[2], best[0], best[1], loss, plain)
+        return AwqScale(np.ones_like(found.factors), 0.0, False, plain, plain)
+    return AwqScale(found.factors, found.alpha, found.balanced, loss, plain)
+
+
+def awq_search(weights: Sequence[F32], act: F32 | F64, grid: AwqGrid, loss: Callable[[F32], float]) -> AwqScale:
+    """The candidate of least `loss(factors [K])`, where something else than the weights' error counts.
+
+    weights: [N, K] of the linears that read the input; act [K]: its channels' magnitudes. Raises RecipeError for
+    steps < 1.
+    """
+    if grid.steps < 1:
+        raise RecipeError(f"awq.steps is {grid.steps}; it is the number of alphas to try, at least 1 (the paper's: 20)")
+    candidates = _candidates(act.astype(np.float64), _weight_mean(weights), grid)
+    tried = [(c, loss(c[2])) for c in candidates]
+    best, least = min(tried, key=lambda t: t[1])
+    return AwqScale(best[2], best[0], best[1], least, tried[0][1])
 
 
 class _Seen:
@@ -114,11 +125,11 @@ def _centred(alive: F64, raw: F64) -> F64:
     return np.clip(raw / middle, _LEAST, _MOST)
 
 
-def _weight_mean(readers: Sequence[Reader]) -> F64:
+def _weight_mean(weights: Sequence[F32]) -> F64:
     """[K]: mean over all outputs of |W| relative to the output's largest."""
     shares = []
-    for reader in readers:
-        magnitude = np.abs(reader.weight)
+    for weight in weights:
+        magnitude = np.abs(weight)
         largest = magnitude.max(axis=1, keepdims=True)
         shares.append(magnitude / np.where(largest > 0, largest, np.float32(1)))
     return np.asarray(np.concatenate(shares).mean(axis=0, dtype=np.float64))

@@ -78,6 +78,16 @@ class Rotate(Section):
     r2: bool = Field(default=True, description="Turn every head's values too, and with them the V cache.")
 
 
+class Awq(Section):
+    """AWQ (Lin et al. 2023): the weights that large inputs meet grow before they are rounded, the inputs shrink."""
+
+    steps: int = Field(default=20, ge=1, le=100, description="Alphas tried: 0, 1/steps, … below 1.")
+    balance: bool = Field(default=True, description="Try each alpha with the weights' own magnitudes, too.")
+    targets: Rows[Target] = Field(
+        default=SMOOTH_TARGETS, min_length=1, description="Inputs that are scaled, where weights behind are quantized."
+    )
+
+
 class Clip(Section):
     """AutoClip (AWQ's weight clipping, Lin et al. 2023): each weight range by the error of the outputs."""
 
@@ -98,6 +108,7 @@ class Transform(Section):
     smooth: Smooth | None = Field(default=None, description="SmoothQuant, alpha fixed or searched.")
     rotate: Rotate | None = Field(default=None, description="Another basis for the same float model. Comes first.")
     piecewise: Piecewise | None = Field(default=None, description="Smoothing searched for clusters of channels.")
+    awq: Awq | None = Field(default=None, description="AWQ's scale search, for weights.")
     clip: Clip | None = Field(default=None, description="AutoClip: weight ranges of least output error.")
 
     @model_validator(mode="before")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantbench.errors import CalibrationError, RecipeError, unknown
-from quantbench.infer.models import ModelConfig, block_prefix
+from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
 from quantbench.registry import Registry
 from quantbench.scales.arrays import F32
 from quantbench.scales.statistics import Statistics
@@ -37,6 +37,10 @@ class Block:
         plan = self.variant.layers.get(f"{self.prefix}.{linear}")
         return plan if plan is not None and plan.quantized else None
 
+    def plans(self, tap: str) -> list[LayerPlan]:
+        """Those of the quantized linears that read a tap."""
+        return [p for line in LINEARS if line.tap == tap and (p := self.plan(line.name))]
+
     def tap(self, seen: Mapping[str, Statistics], tap: str) -> Statistics:
         """Raises CalibrationError where a tap was not observed."""
         if tap not in seen:
@@ -49,13 +53,13 @@ class Block:
 class Transform:
     """What a recipe word decides: `decide(block, table so far, the word's options)` -> entries for the table.
 
-    targets: the taps it works on unless the recipe says otherwise. needs_hessian: of
-    those taps it asks for the sum of x xT.
+    targets: the taps it works on unless the recipe says otherwise. needs_hessian: whether it asks for
+    the sum of x xT of an input, by the plan of a linear that reads it.
     """
 
     decide: Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
     targets: tuple[str, ...] = DEFAULT_TARGETS
-    needs_hessian: bool = False
+    needs_hessian: Callable[[LayerPlan], bool] = lambda _: False
 
 
 TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)
@@ -63,13 +67,14 @@ TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)
 
 def hessian_taps(variant: VariantPlan) -> set[str]:
     """The taps whose Hessians the variant's transforms ask for."""
-    return {
-        tap
-        for words in variant.transforms
-        for name, options in words.items()
-        if TRANSFORMS[name].needs_hessian
-        for tap in (options or {}).get("targets", TRANSFORMS[name].targets)
-    }
+    found = set()
+    for name, options in (item for words in variant.transforms for item in words.items()):
+        word = TRANSFORMS[name]
+        wanted = (options or {}).get("targets", word.targets)
+        lines = [line for line in LINEARS if line.tap in wanted]
+        asking = [p for p in variant.layers.values() if p.quantized and word.needs_hessian(p)]
+        found |= {line.tap for line in lines for p in asking if p.name.endswith(line.name)}
+    return found
 
 
 def require_known(options: Mapping[str, Any], name: str, known: Collection[str]) -> None:

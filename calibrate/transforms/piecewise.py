@@ -27,7 +27,7 @@ def piecewise(block: Block, table: ScaleTable, options: Mapping[str, Any]) -> li
         channels = target.channels()
         found = search_pieces(target.pair(), channels, grid)
         why = f"piecewise ({'; '.join(found.words)}): {told(found.loss, found.plain, readers(target))}"
-        decided.add(smooth_entry(target, channels, found.factors, why))
+        decided.add(smooth_entry(target, found.factors, why))
     return [entry for entry in decided if entry.name not in table]
 
 

@@ -30,13 +30,13 @@ def _entry(target: Target, alpha: float | str) -> Entry:
     channels, behind = target.channels(), readers(target)
     if alpha != "search":
         why = f"SmoothQuant alpha {float(alpha):g} between the input and the weights of {behind}"
-        return smooth_entry(target, channels, channels.factors(float(alpha)), why)
+        return smooth_entry(target, channels.factors(float(alpha)), why)
     found = search_alpha(target.pair(), lambda a: channels.spread(channels.factors(a)))
     if found.alpha is None:
         why = f"no alpha lowers the output error of {behind} ({found.plain:.3g})"
-        return smooth_entry(target, channels, np.ones_like(channels.act), why)
+        return smooth_entry(target, np.ones_like(channels.act), why)
     why = f"SmoothQuant alpha {found.alpha:g}, searched: {told(found.loss, found.plain, behind)}"
-    return smooth_entry(target, channels, channels.factors(found.alpha), why)
+    return smooth_entry(target, channels.factors(found.alpha), why)
 
 
 TRANSFORMS.add("smooth", Transform(smooth))

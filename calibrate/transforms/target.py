@@ -56,12 +56,20 @@ class Target:
 
     def channels(self) -> Channels:
         """What is divided, as the source carries it: tied over query heads, exact in a stored norm."""
-        config = self.block.config
-        act = self.seen.channel_absmax
+        act = self.carried(self.seen.channel_absmax)
         columns = np.max([np.abs(self.weights[f"{line.name}.weight"]).max(axis=0) for line in self.lines], axis=0)
-        if self.source == "self_attn.v_proj":
-            act, columns = (tie_heads(a, config.num_kv_heads, config.head_dim) for a in (act, columns))
-        return Channels(act, columns, self.storable, self.expanded)
+        return Channels(act, self.carried(columns), self.storable, self.expanded)
+
+    def carried(self, values: F32) -> F32:
+        """One value per channel of the source from one per input channel: the largest where heads share a KV head."""
+        config = self.block.config
+        tied = self.source == "self_attn.v_proj"
+        return tie_heads(values, config.num_kv_heads, config.head_dim) if tied else values
+
+    def quantized(self) -> list[tuple[LayerPlan, F32]]:
+        """Plan and weight [N, K] of every quantized linear that reads the tap."""
+        plans = [(self.block.plan(line.name), self.weights[f"{line.name}.weight"]) for line in self.lines]
+        return [(p, w) for p, w in plans if p is not None]
 
     def storable(self, factors: F32) -> F32:
         source = self.weights[f"{self.source}.weight"]
@@ -79,8 +87,7 @@ class Target:
                 f"{self.block.prefix}: a search tries its candidates on rows of {self.tap}, and there is no model to "
                 "run: use --from collect, or a fixed alpha"
             )
-        plans = [(self.block.plan(line.name), self.weights[f"{line.name}.weight"]) for line in self.lines]
-        some = [(p, np.ascontiguousarray(w[:: -(-len(w) // WEIGHT_ROWS)])) for p, w in plans if p is not None]
+        some = [(p, np.ascontiguousarray(w[:: -(-len(w) // WEIGHT_ROWS)])) for p, w in self.quantized()]
 
         def round_weight(i: int, w: F32) -> F32:
             return dequantize_weight(quantize_weight(w, weight_entry(w, some[i][0])))
@@ -114,11 +121,12 @@ def rounding(plans: Sequence[LayerPlan]) -> Callable[[F32, F32], F32]:
 
 def quantized_taps(block: Block, wanted: Collection[str]) -> list[str]:
     """Those of the wanted taps whose linears have quantized inputs, in the order of the block."""
-    return [
-        tap
-        for tap in SMOOTH_TARGETS
-        if tap in wanted and any((p := block.plan(line.name)) and p.activations for line in LINEARS if line.tap == tap)
-    ]
+    return [tap for tap in weight_taps(block, wanted) if any(p.activations for p in block.plans(tap))]
+
+
+def weight_taps(block: Block, wanted: Collection[str]) -> list[str]:
+    """Those of the wanted taps that quantized linears read, in the order of the block."""
+    return [tap for tap in SMOOTH_TARGETS if tap in wanted and block.plans(tap)]
 
 
 def readers(target: Target) -> str:
@@ -129,7 +137,8 @@ def told(loss: float, plain: float, behind: str) -> str:
     return f"relative output error of {behind} {loss:.3g}, {plain:.3g} without"
 
 
-def smooth_entry(target: Target, channels: Channels, factors: F32, reason: str) -> Entry:
+def smooth_entry(target: Target, factors: F32, reason: str, observer: str = "smooth") -> Entry:
+    """The entry that says what the target's source is divided by; `observer`: the word that found it."""
     return Entry(
         name=f"{target.block.prefix}.{target.source}.smooth",
         kind="transform",
@@ -137,9 +146,9 @@ def smooth_entry(target: Target, channels: Channels, factors: F32, reason: str) 
         granularity="channel",
         scale=factors,
         zero=None,
-        absmax=channels.act,
+        absmax=target.carried(target.seen.channel_absmax),
         group_size=None,
-        observer="smooth",
+        observer=observer,
         reason=reason,
         loss=None,
     )

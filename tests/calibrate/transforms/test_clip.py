@@ -1,5 +1,3 @@
-"""Every recipe word decided on one block: what it adds to the table, that it pays, and that it changes nothing else."""
-
 from __future__ import annotations
 
 from dataclasses import replace
