@@ -1,0 +1,154 @@
+"""Attention over the paged cache on the GPU against the numpy reference: every cache format, head size and shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quantbench.infer.cuda import attention
+from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
+from quantbench.infer.cuda.device import Device
+from quantbench.infer.ops import Batch, LayerCache
+from quantbench.infer.ops.reference import ReferenceOps
+
+BF16 = ml_dtypes.bfloat16
+E4M3 = ml_dtypes.float8_e4m3fn
+REFERENCE = ReferenceOps()
+CACHES = [np.float32, BF16, np.float16, np.int8, E4M3]
+
+
+def pages_of(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    if dtype == np.int8:
+        return rng.integers(-127, 128, shape).astype(np.int8)
+    return (rng.standard_normal(shape) * (50 if dtype == E4M3 else 1)).astype(dtype)
+
+
+def problem(
+    rows: list[int], contexts: list[int], heads: tuple[int, int], size: int, dtype: Any
+) -> tuple[np.ndarray, Batch, LayerCache]:
+    """Queries, a batch of sequences with `rows` new tokens each, and a cache whose pages are scattered."""
+    rng = np.random.default_rng(size + sum(contexts))
+    counts = [-(-c // 64) for c in contexts]
+    order = rng.permutation(sum(counts) + 2)
+    tables = np.full((len(rows), max(counts) + 1), 0, np.int32)
+    for s, count in enumerate(counts):
+        tables[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
+    shape = (sum(counts) + 2, heads[1], 64, size)
+    scale = rng.uniform(0.005, 0.02, (2, heads[1])).astype(np.float32)
+    if np.dtype(dtype).itemsize > 1:
+        scale[:] = 1
+    cache = LayerCache(pages_of(rng, shape, dtype), pages_of(rng, shape, dtype), scale[0], scale[1])
+    starts = np.cumsum([0, *rows]).astype(np.int32)
+    q = rng.standard_normal((int(starts[-1]), heads[0] * size)).astype(np.float32) * 2
+    none = np.zeros(int(starts[-1]), np.int32)
+    return q, Batch(none, none, none.astype(np.int64), starts, np.array(contexts, np.int32), tables), cache
+
+
+def run(device: Device, q: np.ndarray, batch: Batch, cache: LayerCache, window: int | None = None) -> np.ndarray:
+    lent = [
+        device.upload(a) for a in (batch.ids, batch.positions, batch.slots, batch.starts, batch.context, batch.tables)
+    ]
+    rows = np.diff(batch.starts)
+    on_device = DeviceBatch(
+        *lent, decode=bool(np.all(rows == 1)), max_context=int(batch.context.max()), max_rows=int(rows.max())
+    )
+    pages = DeviceCache(*(device.upload(a) for a in (cache.k, cache.v, cache.k_scale, cache.v_scale)))
+    out = attention.attention(device, device.upload(q.astype(device.dtype)), on_device, pages, window)
+    return device.fetch(out).astype(np.float32)
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, close: float) -> None:
+    wrong = ~(np.abs(got - want) <= close * (np.abs(want) + np.abs(want).max()))
+    assert not wrong.any(), (
+        f"{wrong.sum()} of {wrong.size} wrong: rows {np.unique(np.nonzero(wrong)[0])[:20]}, columns "
+        f"{np.unique(np.nonzero(wrong)[1])[:40]}; got {got[wrong][:4]} want {want[wrong][:4]}"
+    )
+
+
+@pytest.mark.parametrize("size", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", CACHES)
+def test_float32_follows_the_reference(device: Device, size: int, dtype: Any) -> None:
+    q, batch, cache = problem([1, 5, 70], [200, 5, 150], (6, 2), size, dtype)
+    assert_close(run(device, q, batch, cache), REFERENCE.attention(q, batch, cache), 3e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 100])
+@pytest.mark.parametrize("decode", [False, True])
+def test_window_in_float32(device: Device, window: int, decode: bool) -> None:
+    q, batch, cache = problem([1, 1] if decode else [70, 2], [130, 64] if decode else [150, 2], (4, 4), 64, np.int8)
+    assert_close(run(device, q, batch, cache, window), REFERENCE.attention(q, batch, cache, window), 3e-6)
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_decode_on_tensor_cores(device_bf16: Device, size: int, dtype: Any) -> None:
+    q, batch, cache = problem([1] * 5, [1, 64, 65, 777, 130], (6, 2), size, dtype)
+    q = q.astype(BF16).astype(np.float32)
+    assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (9, 3), (8, 1), (14, 2), (32, 8), (24, 2)])
+def test_decode_with_any_group_of_heads(device_bf16: Device, heads: tuple[int, int]) -> None:
+    q, batch, cache = problem([1, 1, 1], [300, 9, 4], heads, 64, np.int8)
+    q = q.astype(BF16).astype(np.float32)
+    assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
+
+
+@pytest.mark.parametrize("contexts", [[5000], [4096, 1], [64 * 17 + 5] * 40])
+@pytest.mark.parametrize("dtype", [BF16, np.int8])
+def test_decode_over_long_contexts(device_bf16: Device, contexts: list[int], dtype: Any) -> None:
+    q, batch, cache = problem([1] * len(contexts), contexts, (8, 2), 128, dtype)
+    q = q.astype(BF16).astype(np.float32)
+    assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 100])
+@pytest.mark.parametrize("decode", [False, True])
+def test_window_on_tensor_cores(device_bf16: Device, window: int, decode: bool) -> None:
+    q, batch, cache = problem([1, 1] if decode else [70, 2], [230, 64] if decode else [150, 2], (4, 2), 64, np.int8)
+    q = q.astype(BF16).astype(np.float32)
+    assert_close(run(device_bf16, q, batch, cache, window), REFERENCE.attention(q, batch, cache, window), 6e-3)
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_prefill_on_tensor_cores(device_bf16: Device, size: int, dtype: Any) -> None:
+    q, batch, cache = problem([3, 130, 64, 1], [3, 130, 200, 77], (6, 2), size, dtype)
+    q = q.astype(BF16).astype(np.float32)
+    assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
+
+
+def test_sharp_scores_and_large_values(device_bf16: Device) -> None:
+    for rows, contexts in (([1, 1], [500, 64]), ([100], [500])):
+        q, batch, cache = problem(rows, contexts, (4, 2), 128, BF16)
+        q = (q * 20).astype(BF16).astype(np.float32)
+        cache.v[:] = (cache.v.astype(np.float32) * 1e4).astype(BF16)
+        assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
+
+
+def test_a_padded_sequence_gives_zeros(device: Device, device_bf16: Device) -> None:
+    for one in (device_bf16, device):
+        q, batch, cache = problem([1, 1], [100, 64], (4, 2), 64, np.int8)
+        batch.context[1] = 0
+        got = run(one, q, batch, cache)
+        assert np.all(got[1] == 0)
+        assert np.all(np.isfinite(got[0]))
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_scales_of_each_token_and_head(device_bf16: Device, decode: bool) -> None:
+    """A cache with one scale per token and head equals the same values in float16."""
+    rows, contexts = ([1, 1], [300, 64]) if decode else ([100], [164])
+    q, batch, cache = problem(rows, contexts, (4, 2), 64, np.int8)
+    q = q.astype(BF16).astype(np.float32)
+    rng = np.random.default_rng(0)
+    scales = [np.exp(rng.uniform(-9, 0, cache.k.shape[:3])).astype(np.float32) / 127 for _ in "kv"]
+    want = LayerCache(
+        *((c * s[..., None]).astype(np.float32) for c, s in zip((cache.k, cache.v), scales, strict=True)),
+        *np.ones((2, 2), np.float32),
+    )
+    got = run(device_bf16, q, batch, LayerCache(cache.k, cache.v, scales[0], scales[1]))
+    assert_close(got, REFERENCE.attention(q, batch, want), 6e-3)
