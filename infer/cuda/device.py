@@ -1,8 +1,4 @@
-"""The device: one context, one stream, memory, compiled kernels, launches and graphs.
-
-Everything runs on one stream in the order of the calls. Memory of a step comes from `Arena`: an array gives its room
-back when Python drops it, and because the stream keeps order the next taker cannot meet the last one's kernels. A
-captured graph keeps the addresses it saw, so whatever must survive a replay is allocated for good.
+"""The device: memory (memory.py), compiled kernels, launches, graphs and timing, on one stream.
 
 Launches are programmatic (PDL) on sm_90 and newer: a kernel may start while its predecessor ends, reads weights, and
 waits for the predecessor with griddepcontrol.wait before it touches anything else. Every kernel here does.
@@ -11,21 +7,20 @@ waits for the predecessor with griddepcontrol.wait before it touches anything el
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-from quantbench.errors import DependencyError, RequestError, unknown
-from quantbench.infer.cuda.arena import Arena
+from quantbench.errors import DependencyError, unknown
 from quantbench.infer.cuda.array import DeviceArray
-from quantbench.infer.cuda.compile import INSTALL, cubin, load_nvrtc
+from quantbench.infer.cuda.compile import cubin, load_nvrtc
+from quantbench.infer.cuda.memory import Memory
 
 Dims = int | tuple[int, ...]
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -57,23 +52,7 @@ class Graph:
     keep: list[Any] = field(default_factory=list)  # arrays whose addresses it holds
 
 
-def load_driver() -> Any:
-    """The driver's bindings, initialized. Raises DependencyError where package, driver or GPU is missing."""
-    try:
-        from cuda.bindings import driver
-
-        (status,) = driver.cuInit(0)
-    except (ImportError, RuntimeError) as error:
-        raise DependencyError(
-            f"--device cuda: NVIDIA's driver cannot be reached ({error}); it needs an NVIDIA GPU with driver 580 or "
-            f"newer and {INSTALL}"
-        ) from error
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise DependencyError(f"--device cuda: no usable NVIDIA GPU ({status.name}); run on the CPU with --device cpu")
-    return driver
-
-
-class Device:
+class Device(Memory):
     """One GPU. `dtype` is what arrays between operations hold: float32 (as the CPU runtime) or bfloat16."""
 
     def __init__(self, dtype: str = "float32", index: int = 0) -> None:
@@ -81,120 +60,15 @@ class Device:
         if dtype not in DTYPES:
             raise DependencyError(unknown("activation dtype", dtype, DTYPES))
         self.dtype = DTYPES[dtype]
-        self.driver = load_driver()
         load_nvrtc()
-        self._device = self._call(self.driver.cuDeviceGet, index)
-        context = self._call(self.driver.cuDevicePrimaryCtxRetain, self._device)
-        self._call(self.driver.cuCtxSetCurrent, context)
-        self.stream = self._call(self.driver.cuStreamCreate, self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
+        super().__init__(index)
         self.arch = architecture(self.capability)
         self.hopper = self.arch == "sm_90a"
-        self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
-        self.name = bytes(self._call(self.driver.cuDeviceGetName, 100, self._device)).rstrip(b"\0").decode()
-        self.capturing = False
         self.pdl = self.capability >= (9, 0) and os.environ.get("QUANTBENCH_CUDA_PDL", "1") != "0"
+        self.section = ""  # what is being launched, for profiles
+        self._timing: list[tuple[str, Any]] | None = None
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._configs: dict[tuple[Any, ...], Any] = {}
-        self._arena = Arena(self._slab)
-        self.bad = self.upload(np.zeros(1, np.int32))
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A driver call's result. Raises DependencyError naming call and error."""
-        status, *results = function(*arguments)
-        if status == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise RequestError(self._full(function.__name__))
-        if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise DependencyError(f"{function.__name__} failed on the GPU: {status.name}")
-        return results[0] if len(results) == 1 else results or None
-
-    def _full(self, what: str) -> str:
-        free, total = self.memory
-        return (
-            f"the GPU is out of memory ({what}): {free / 1e9:.1f} of {total / 1e9:.1f} GB are free; "
-            "give a smaller cache_tokens, max_batch or chunk, or a mode with smaller weights"
-        )
-
-    def _attribute(self, name: str) -> int:
-        attribute = getattr(self.driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return int(self._call(self.driver.cuDeviceGetAttribute, attribute, self._device))
-
-    @property
-    def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
-        status, free, total = self.driver.cuMemGetInfo()
-        return (int(free), int(total)) if status == self.driver.CUresult.CUDA_SUCCESS else (0, 0)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        """Uninitialized room that is given back when the array is dropped."""
-        kind = np.dtype(dtype)
-        block = self._arena.take(max(1, math.prod(shape) * kind.itemsize))
-        return DeviceArray(block.pointer, shape, kind, block)
-
-    def allocate(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        """Uninitialized room for good. Raises RequestError where the GPU has too little left."""
-        kind = np.dtype(dtype)
-        count = math.prod(shape) * kind.itemsize
-        status, pointer = self.driver.cuMemAlloc(max(1, count))
-        if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise RequestError(self._full(f"{count / 1e9:.2f} GB asked for"))
-        return DeviceArray(int(pointer), shape, kind)
-
-    def _slab(self, size: int) -> int:
-        if self.capturing:
-            raise DependencyError("a captured step asked for new memory; run it once before the capture")
-        return self.allocate((size,), np.uint8).pointer
-
-    def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
-        """A copy for good."""
-        out = self.allocate(array.shape, array.dtype)
-        self.write(out, array)
-        self.synchronize()
-        return out
-
-    def write(self, out: DeviceArray, array: npt.NDArray[Any]) -> None:
-        """Copies host to device, in stream order. Pageable memory is read before this returns."""
-        source = np.ascontiguousarray(array)
-        if source.nbytes:
-            self._call(self.driver.cuMemcpyHtoDAsync, out.pointer, source.ctypes.data, source.nbytes, self.stream)
-
-    def fetch(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """A copy on the host, after everything before it."""
-        out = np.empty(array.shape, array.dtype)
-        if out.nbytes:
-            self._call(self.driver.cuMemcpyDtoHAsync, out.ctypes.data, array.pointer, out.nbytes, self.stream)
-        self.synchronize()
-        return out
-
-    def pinned(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Host memory that copies to and from the device without a stop on the way; for good."""
-        kind = np.dtype(dtype)
-        count = math.prod(shape) * kind.itemsize
-        pointer = self._call(self.driver.cuMemHostAlloc, count, 0)
-        raw = (ctypes.c_uint8 * count).from_address(int(pointer))
-        return np.frombuffer(raw, np.uint8).view(kind).reshape(shape)
-
-    def fetch_later(self, out: npt.NDArray[Any], array: DeviceArray) -> Any:
-        """Queues a copy into pinned memory; `wait` for the event that is returned before reading it."""
-        self._call(self.driver.cuMemcpyDtoHAsync, out.ctypes.data, array.pointer, array.nbytes, self.stream)
-        event = self._call(self.driver.cuEventCreate, self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-        self._call(self.driver.cuEventRecord, event, self.stream)
-        return event
-
-    def wait(self, event: Any) -> None:
-        """Waits for an event of `fetch_later`, and ends it."""
-        self._call(self.driver.cuEventSynchronize, event)
-        self._call(self.driver.cuEventDestroy, event)
-
-    def copy(self, out: DeviceArray, source: DeviceArray) -> None:
-        """Device to device; `out` may be larger."""
-        self._call(self.driver.cuMemcpyDtoDAsync, out.pointer, source.pointer, source.nbytes, self.stream)
-
-    def fill(self, array: DeviceArray, byte: int) -> None:
-        self._call(self.driver.cuMemsetD8Async, array.pointer, byte, array.nbytes, self.stream)
-
-    def synchronize(self) -> None:
-        self._call(self.driver.cuStreamSynchronize, self.stream)
 
     def kernel(self, file: str, entry: str, **macros: int | str) -> Kernel:
         """`entry` of kernels/`file`, compiled for this device. Raises DependencyError where it does not compile."""
@@ -228,6 +102,7 @@ class Device:
             raise DependencyError(
                 f"kernel {kernel.name} cannot be launched ({status.name}): grid {grid}, block {block}, shared {shared}"
             )
+        self.mark(kernel.name)
 
     def _config(self, grid: Dims, block: Dims, shared: int, pdl: bool) -> Any:
         key = (grid, block, shared, pdl)
@@ -283,15 +158,39 @@ class Device:
     def replay(self, graph: Graph) -> None:
         self._call(self.driver.cuGraphLaunch, graph.handle, self.stream)
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """GPU time of what `work` queues."""
-        flag = self.driver.CUevent_flags.CU_EVENT_DEFAULT
-        begin, end = (self._call(self.driver.cuEventCreate, flag) for _ in range(2))
-        self._call(self.driver.cuEventRecord, begin, self.stream)
-        work()
-        self._call(self.driver.cuEventRecord, end, self.stream)
-        self._call(self.driver.cuEventSynchronize, end)
+    def mark(self, name: str) -> None:
+        """Says that a kernel was queued, where launches are being timed."""
+        if self._timing is not None:
+            self._timing.append((f"{self.section} {name}".strip(), self._event()))
+
+    def _event(self) -> Any:
+        event = self._call(self.driver.cuEventCreate, self.driver.CUevent_flags.CU_EVENT_DEFAULT)
+        self._call(self.driver.cuEventRecord, event, self.stream)
+        return event
+
+    def timed(self, work: Callable[[], None]) -> list[tuple[str, float]]:
+        """Name and seconds of every kernel that `work` queues, each alone: the stream is held until all are queued."""
+        pdl, self.pdl = self.pdl, False
+        self.launch(self.kernel("bench.cu", "pause", KIND=4), 1, 1, np.int64(200_000_000))
+        self._timing = [("", self._event())]
+        try:
+            work()
+            self.synchronize()
+            events = self._timing
+        finally:
+            self._timing, self.pdl = None, pdl
+        return [(name, self._elapsed(before, event)) for (_, before), (name, event) in pairwise(events)]
+
+    def _elapsed(self, begin: Any, end: Any) -> float:
         return float(self._call(self.driver.cuEventElapsedTime, begin, end)) / 1e3
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """GPU time of what `work` queues."""
+        begin = self._event()
+        work()
+        end = self._event()
+        self._call(self.driver.cuEventSynchronize, end)
+        return self._elapsed(begin, end)
 
 
 def architecture(capability: tuple[int, int]) -> str:

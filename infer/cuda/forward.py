@@ -69,13 +69,18 @@ def run_layers(
     delta: DeviceArray | None = None
     for number, (held, pages) in enumerate(zip(model.layers, cache, strict=True)):
         layer = held.layer
+        device.section = "qkv"
         a = rows.add_norm(device, x, delta, held.attn_norm, eps, layer.qkv.spec)
         qkv = linears(device, a, layer.qkv)
+        device.section = "attention"
         q = rows.rope_write(device, qkv, batch, rope, held.qk_norms, eps, pages)
         a = quantize(device, attention.attention(device, q, batch, pages, layer.window), layer.o.spec)
+        device.section = "o"
         delta = linears(device, a, layer.o)
+        device.section = "gate_up"
         a = rows.add_norm(device, x, delta, held.mlp_norm, eps, layer.gate_up.spec)
         a = swiglu(device, a, layer.gate_up, layer.down.spec)
+        device.section = "down"
         delta = linears(device, a, layer.down)
         if watch is not None:
             watch(number, x, delta)
@@ -90,6 +95,7 @@ def logits_of(
         x = rows.gather(device, x, wanted)
         delta = None if delta is None else rows.gather(device, delta, wanted)
     head = model.model.head
+    device.section = "head"
     a = rows.add_norm(device, x, delta, model.norm, model.model.config.norm_eps, head.spec)
     return linears(device, a, head, np.dtype(np.float32))
 

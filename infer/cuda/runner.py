@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.errors import CheckpointError
-from quantbench.infer.cuda import rows as kernels
+from quantbench.infer.cuda import sample
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch
 from quantbench.infer.cuda.cache import Pages
@@ -80,6 +80,7 @@ class CudaRunner(Runner):
         self._graphs = os.environ.get("QUANTBENCH_CUDA_GRAPHS", "1") != "0"
         self._queued: Queued | None = None
         self._turn = 0
+        self._last = (1, PAGE, False)
 
     def choose(self, work: list[Chunk], crowded: bool = False) -> list[tuple[Running, int]]:
         """Computes `work`; the sequences whose newest token was in it, and the token that each chooses next."""
@@ -110,9 +111,10 @@ class CudaRunner(Runner):
             targets = np.array([*ids[start + 1 : start + 1 + len(rows.ids)], 0][: len(rows.ids)], np.int32)
             lent = self.device.empty(targets.shape, np.int32)
             self.device.write(lent, targets)
-            parts.append(self.device.fetch(kernels.logprobs(self.device, logits, lent)))
+            parts.append(self.device.fetch(sample.logprobs(self.device, logits, lent)))
             self._check([rows])
-        return np.concatenate(parts)[: len(ids) - 1].astype(np.float64)
+        found: npt.NDArray[np.float64] = np.concatenate(parts)[: len(ids) - 1].astype(np.float64)
+        return found
 
     def _place(self, rope: tuple[F32, F32]) -> Rope:
         return self._tables if rope is self._rope else (self.device.upload(rope[0]), self.device.upload(rope[1]))
@@ -221,7 +223,7 @@ class CudaRunner(Runner):
         return Queued(rows, sequences, place, tokens, event)
 
     def _replay(self, bucket: int, bound: int, sampled: bool) -> None:
-        key = (bucket, bound, sampled)
+        key = self._last = (bucket, bound, sampled)
         graph = self._captured.graphs.get(key)
         if graph is None:
             self._step(*key)
@@ -232,6 +234,10 @@ class CudaRunner(Runner):
             self._captured.graphs[key] = found[0]
             return
         self.device.replay(graph)
+
+    def repeat(self) -> None:
+        """Runs the last decode step once more, operation by operation: for profiles."""
+        self._step(*self._last)
 
     def _step(self, bucket: int, bound: int, sampled: bool) -> None:
         """One decode step of `bucket` sequences: from the inputs' buffers to tokens."""
@@ -247,9 +253,9 @@ class CudaRunner(Runner):
         tokens = self._output.view((bucket,))
         if sampled:
             choice = [inputs[name].rows(0, bucket) for name in ("temperature", "top_k", "top_p", "uniform")]
-            kernels.sample(device, logits, choice[0], choice[1], choice[2], choice[3], out=tokens)
+            sample.sample(device, logits, choice[0], choice[1], choice[2], choice[3], out=tokens)
         else:
-            kernels.argmax(device, logits, out=tokens)
+            sample.argmax(device, logits, out=tokens)
         device.copy(self._output.rows(len(self._output) - 1, len(self._output)), device.bad)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from quantbench.errors import RequestError
 from quantbench.infer.engine.cache import PagePool, page_key, pages_for
 from quantbench.infer.engine.sampling import Sampler
 from quantbench.infer.engine.text import TextStream
@@ -75,6 +76,14 @@ class Scheduler:
 
     def add(self, sequence: Running) -> None:
         self.waiting.append(sequence)
+
+    def place(self, sequence: Running, computed: int) -> None:
+        """Admits a sequence with its first `computed` tokens taken as computed: its pages hold what they hold.
+        Benchmarks begin decoding this way. Raises RequestError where pages are missing."""
+        if not self._grow(sequence, computed):
+            raise RequestError(f"{computed} tokens find no free cache pages; load with a larger cache_tokens")
+        sequence.computed = computed
+        self.running.append(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The next step's work, pages allocated; empty where nothing is left to do."""
