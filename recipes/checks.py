@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from quantbench.errors import unknown
+from quantbench.recipes.order import transform_order, transforms_used
 from quantbench.recipes.schema import Recipe, Rule, Variant
 from quantbench.recipes.sections import Weights, WeightsPatch
 from quantbench.recipes.source import Path
-from quantbench.recipes.transforms import Transform
 from quantbench.vocabulary import GRANULARITIES, MODES, WEIGHT_FORMATS, Mode
 
 Check = Callable[[Recipe], Iterator[tuple[Path, str]]]
@@ -125,26 +125,6 @@ def _variant_words_used(recipe: Recipe) -> Iterator[tuple[Path, str]]:
                 yield ("modes", i, name), f"the mode {v.mode} leaves {_PLAIN[name]} in float"
 
 
-def _transform_order(recipe: Recipe) -> Iterator[tuple[Path, str]]:
-    """One input is smoothed once: a second time divides by what the first has just evened out."""
-    yield from _smoothed_twice(("transforms",), recipe.transforms)
-    for i, v in enumerate(recipe.modes):
-        yield from _smoothed_twice(("modes", i, "transforms"), v.transforms or ())
-
-
-def _smoothed_twice(path: Path, transforms: Sequence[Transform]) -> Iterator[tuple[Path, str]]:
-    owner: dict[str, str] = {}
-    for i, transform in enumerate(transforms):
-        again = [tap for tap in transform.targets if tap in owner]
-        if again:
-            first = ", ".join(dict.fromkeys(owner[tap] for tap in again))
-            yield (
-                (*path, i, transform.name),
-                f"{', '.join(again)} is smoothed already by {first}; give the two different targets, or drop one",
-            )
-        owner |= {tap: f"{'.'.join(map(str, path))}[{i}] {transform.name}" for tap in transform.targets}
-
-
 _PLAIN = {"weights": "weights", "activations": "activations", "cache_kv": "the KV cache"}
 
 
@@ -174,5 +154,6 @@ _CHECKS: tuple[tuple[Check, frozenset[str]], ...] = (
     (_gates_measured, frozenset({"gates", "accuracy", "throughput", "parity"})),
     (_baseline_name, frozenset({"modes", "accuracy"})),
     (_windows, frozenset({"accuracy"})),
-    (_transform_order, frozenset({"modes", "transforms"})),
+    (transform_order, frozenset({"modes", "transforms"})),
+    (transforms_used, frozenset({"modes", "transforms", "rules"})),
 )

@@ -66,12 +66,6 @@ CASES = {
     "accuracy:\n  perplexity:\n    - {tokens: 100, context: 512}": (
         "recipe:4: accuracy.perplexity[0].context: windows of 512 predict more than the 100 tokens asked for."
     ),
-    "transforms: [smooth, {smooth: {targets: [o_in, down_in]}}]": (
-        "recipe:2: transforms[1].smooth: down_in is smoothed already by transforms[0] smooth; give the two different"
-    ),
-    "modes:\n  - {mode: a8w8, transforms: [{smooth: {targets: [o_in]}}, piecewise, smooth]}": (
-        "recipe:3: modes[0].transforms[2].smooth: attn_in, mlp_in, down_in is smoothed already by modes.0.transforms[1]"
-    ),
 }
 
 
