@@ -28,12 +28,24 @@ def measure_ceilings(ops: str = "cpu", threads: int | None = None) -> Ceilings:
     """
     if ops == "reference":
         return _numpy_ceilings()
+    if ops == "cuda":
+        return _cuda_ceilings()
     if ops != "cpu":
-        raise DependencyError(unknown("operations backend", ops, ("cpu", "reference")))
+        raise DependencyError(unknown("operations backend", ops, ("cpu", "cuda", "reference")))
     kernels = CpuOps().kernels
     set_threads(threads)
     read = kernels.read_gb_per_s(READ_BYTES, ROUNDS)
     return Ceilings(read, kernels.gop_per_s(False, PEAK_SECONDS), kernels.gop_per_s(True, PEAK_SECONDS))
+
+
+def _cuda_ceilings() -> Ceilings:
+    """Floats are multiplied in bf16 there, and int8 codes as fast as e4m3 ones."""
+    from quantbench.infer.cuda.bench import measure_ceilings as measure_gpu
+    from quantbench.infer.cuda.device import Device
+
+    found = measure_gpu(Device())
+    peaks = (found[f"matrix_{name}_tflop_per_s"] * 1e3 for name in ("bf16", "8bit"))
+    return Ceilings(found["read_tb_per_s"] * 1e3, *peaks)
 
 
 def _numpy_ceilings() -> Ceilings:

@@ -80,7 +80,19 @@ def test_doctor_tells_what_is_here(quantbench: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "x", "--device", "cuda"], "this build has no cuda runtime. Known: cpu"),
+        (["bench", "x", "--device", "cude"], "unknown --device 'cude'. Did you mean cuda? Known: cpu, cuda"),
+        (["bench"], "nothing to measure: give a model, or --config NAME --random-weights --device cuda"),
+        (["bench", "--config", "llama-3-8b"], "--config and --random-weights go together"),
+        (["bench", "--random-weights"], "--config and --random-weights go together"),
+        (["bench", "--config", "llama-3-8b", "--random-weights"], "--device cpu: random weights are made on a GPU"),
+        (
+            ["bench", "x", "--config", "llama-3-8b", "--random-weights", "--device", "cuda"],
+            "x: random weights need no model; leave it out",
+        ),
+        (
+            ["bench", "--config", "llama-3-8", "--random-weights", "--device", "cuda"],
+            "unknown --config 'llama-3-8'. Did you mean llama-3-8b?",
+        ),
         (["bench", "x", "--batches", "1,many"], "--batches '1,many': give positive whole numbers"),
         (["eval", "x"], "nothing to evaluate: give a text (--text FILE)"),
         (["eval", "no/such/model/here", "--text", "demo:wikipedia"], "no such model"),

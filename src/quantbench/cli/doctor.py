@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quantbench.cli.app import app
+from quantbench.errors import DependencyError
 
 # distribution -> (what it is for, the line that adds it)
 _PARTS = {
@@ -19,6 +20,9 @@ _PARTS = {
         "pip install --no-deps paddleslim==2.6.0 && pip install six requests decorator scikit-learn pyzmq",
     ),
     "huggingface_hub": ("models by hub name", "pip install 'quantbench[hub]'"),
+    "cuda-bindings": ("--device cuda", "pip install 'quantbench[cuda]'"),
+    "nvidia-cuda-nvrtc": ("--device cuda: compiles its kernels", "pip install 'quantbench[cuda]'"),
+    "nvidia-cublas": ("--device cuda: long prompts in bf16 and fp8, at full speed", "pip install 'quantbench[cuda]'"),
 }
 
 
@@ -42,6 +46,17 @@ def traps() -> list[str]:
     return found
 
 
+def gpu() -> dict[str, Any]:
+    """The GPU that --device cuda would use, or in `error` why there is none."""
+    from quantbench.infer.cuda.bench import describe
+    from quantbench.infer.cuda.device import Device
+
+    try:
+        return describe(Device())
+    except DependencyError as error:
+        return {"error": str(error)}
+
+
 def examine() -> dict[str, Any]:
     """What is here: machine, kernels, optional parts with versions, traps, demo assets."""
     from quantbench.infer.checkpoint.demo import fetched
@@ -53,6 +68,7 @@ def examine() -> dict[str, Any]:
         "machine": describe_machine(),
         "kernels": kernels,
         "parts": parts,
+        "gpu": gpu(),
         "traps": traps(),
         "demo": {name: fetched(name) for name in ("demo:smollm2", "demo:wikipedia")},
     }
@@ -70,6 +86,9 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
     for key, value in found["machine"].items():
         typer.echo(f"{key:<16} {value}")
     typer.echo(f"{'kernels':<16} {'built' if found['kernels'] else 'missing: reinstall with a C++20 compiler (g++)'}")
+    card = found["gpu"]
+    here = card.get("error") or f"{card['gpu']}, driver {card['driver']}, kernels for {card['arch']}"
+    typer.echo(f"{'gpu':<16} {here}")
     for name, part in found["parts"].items():
         state = part["version"] or f"not installed ({part['for']}): {part['add']}"
         typer.echo(f"{name:<16} {state}")

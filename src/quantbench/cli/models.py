@@ -12,12 +12,14 @@ import typer
 
 from quantbench.cli.app import app
 from quantbench.cli.show import print_json, print_rows
-from quantbench.errors import DataError, RequestError
+from quantbench.errors import DataError, RequestError, unknown
 
+DEVICES = ("cpu", "cuda")
 MODEL = "A checkpoint, a HF directory, a GGUF file, a demo name or a fetched hub name."
 Model = Annotated[str, typer.Argument(help=MODEL)]
 ModeOption = Annotated[str | None, typer.Option("--mode", help="Run a float model as fp32, bf16, weight_only_int8, …")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all this process may use")]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA GPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -32,6 +34,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option("--against", help="Compare with this model: KL, top-1.")] = None,
     against_mode: Annotated[str | None, typer.Option("--against-mode", help="Mode of --against.")] = None,
     threads: Threads = None,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Perplexity, divergence and multiple choice of any model, as served."""
@@ -39,8 +42,9 @@ def evaluate(
     from quantbench.infer.validate.visit import EngineSpec
     from quantbench.reports.progress import open_progress
 
-    other = EngineSpec(against, against_mode, threads=threads) if against else None
-    asked = Evaluation(EngineSpec(model, mode, threads=threads), text, context, tokens, choices, other)
+    ops = ops_of(device)
+    other = EngineSpec(against, against_mode, ops, threads) if against else None
+    asked = Evaluation(EngineSpec(model, mode, ops, threads), text, context, tokens, choices, other)
     with open_progress() as progress:
         progress.stage("evaluate")
         result = evaluate_model(asked, lambda *_: progress.advance())
@@ -55,29 +59,47 @@ def evaluate(
             print_rows(["model", *longest], [row + [None] * (len(longest) + 1 - len(row)) for row in rows])
 
 
+def ops_of(device: str) -> str:
+    """The op table of a device. Raises RequestError for an unknown one."""
+    if device not in DEVICES:
+        raise RequestError(unknown("--device", device, DEVICES))
+    return device
+
+
 @app.command("bench")
 def bench(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
     mode: Annotated[list[str] | None, typer.Option("--mode", help="Modes to run in turn; repeat the option.")] = None,
     batches: Annotated[str, typer.Option("--batches", help="Decode batch sizes, comma separated.")] = "1,8",
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens.")] = 128,
     output: Annotated[int, typer.Option("--output", min=2, help="Tokens generated.")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds over all modes.")] = 3,
     threads: Threads = None,
-    device: Annotated[str, typer.Option("--device", help="cpu; there is no cuda runtime yet.")] = "cpu",
+    device: Device = "cpu",
+    config: Annotated[str | None, typer.Option("--config", help="With --random-weights: llama-3-8b, …")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="On a GPU, without a checkpoint.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="With --random-weights: a step by kernel.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="Between operations: bfloat16 or float32.")] = "bfloat16",
     json: Json = False,
 ) -> None:
     """Prefill and decode speed against this machine's measured ceilings; the first mode is the baseline."""
+    if config is not None or random_weights:
+        from quantbench.cli.gpu import Asked, bench_random
+
+        asked = Asked(config, random_weights, model, device, [*(mode or ["bf16"])], batches, profile, dtype)
+        bench_random(asked, json)
+        return
+    if model is None:
+        raise RequestError("nothing to measure: give a model, or --config NAME --random-weights --device cuda")
     from quantbench.infer.validate.evaluate import bench_model
     from quantbench.infer.validate.timing import Load
     from quantbench.infer.validate.visit import EngineSpec
     from quantbench.reports.progress import open_progress
 
-    if device != "cpu":
-        raise RequestError(f"--device {device}: this build has no {device} runtime. Known: cpu")
+    ops = ops_of(device)
     load = Load(prompt, output, batch_sizes(batches))
     modes: list[str | None] = [*mode] if mode else [None]
-    specs = [EngineSpec(model, m, threads=threads) for m in modes]
+    specs = [EngineSpec(model, m, ops, threads) for m in modes]
     with open_progress() as progress:
         progress.stage("bench", rounds * len(specs))
         result = bench_model(specs, load, rounds, lambda *_: progress.advance())
@@ -118,12 +140,13 @@ def generate(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; repeat the option for more.")] = None,
     threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
     """Text from any model: one prompt streamed to stdout, or a JSONL file answered in batches."""
     from quantbench.infer.engine import Engine, SamplingParams
 
     records = list(read_prompts(data_file)) if data_file else []
-    engine = Engine.load(model, mode, threads=threads)
+    engine = Engine.load(model, mode, ops=ops_of(device), threads=threads)
     tokenizer = engine.tokenizer
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ())

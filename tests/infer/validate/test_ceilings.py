@@ -26,5 +26,5 @@ def test_the_shortest_run_counts_and_the_first_does_not():
 
 
 def test_an_unknown_op_table():
-    with pytest.raises(DependencyError, match=r"unknown operations backend 'gpu'\. .*Known: cpu, reference"):
+    with pytest.raises(DependencyError, match=r"unknown operations backend 'gpu'\. .*Known: cpu, cuda, reference"):
         measure_ceilings("gpu")
