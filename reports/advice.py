@@ -23,7 +23,8 @@ CACHE_DB = 20.0
 INCREASE_NOTICEABLE, INCREASE_UNUSABLE = 0.05, 0.20
 SERVED_TOP1, SERVED_KL = 0.998, 1e-4  # served against simulated
 WORST_SHOWN = 5
-FOLDABLE_TAPS = ("attn_in", "mlp_in")  # a norm before them can take the factors of smoothing
+FOLDABLE_TAPS = ("attn_in", "mlp_in", "down_in")  # a norm or up_proj before them can take the factors of smoothing
+STATIC_ALPHA = 0.9  # one scale for all tokens wants nearly all of an outlier in the weights: docs/results.md
 
 SEVERITIES = ("bad", "warn")
 
@@ -51,22 +52,27 @@ def outlier_input(variant: str, layer: LayerFacts) -> Finding | None:
     if layer.levels is None or layer.levels >= LEVELS_FEW:
         return None
     lost = layer.levels < LEVELS_LOST
-    what = (
-        f"input of {layer.name} reaches {plain(layer.input_absmax)} while 99.9% of its values are below "
-        f"{plain(layer.input_p999, 2)}: they share {plain(layer.levels, 2)} of 127 steps"
-    )
+    if layer.input_p999 is None:
+        steps = plain(layer.levels, 2)
+        what = f"input of {layer.name}, {layer.last_stage}, leaves about {steps} of 127 steps to an ordinary channel"
+    else:
+        what = (
+            f"input of {layer.name} reaches {plain(layer.input_absmax)} while 99.9% of its values are below "
+            f"{plain(layer.input_p999, 2)}: they share {plain(layer.levels, 2)} of 127 steps"
+        )
     return Finding(
         "bad" if lost else "warn", "outlier_input", variant, layer.name, what, _outlier_advice(variant, layer)
     )
 
 
 def _outlier_advice(variant: str, layer: LayerFacts) -> tuple[str, ...]:
-    """Lines for the recipe. Smoothing is offered where it can be folded away: behind a norm."""
+    """Lines for the recipe. Smoothing first, where it can be folded away and has not been tried."""
     rule = f'rules: [{{match: "{together(layer)}", variants: [{variant}]'
+    smoothable = layer.tap in FOLDABLE_TAPS and layer.activations == "int8" and not layer.transformed
     return (
+        *([f"smooth it: transforms: [{{smooth: {{alpha: {STATIC_ALPHA}}}}}]"] if smoothable else []),
         f"scales per token: {rule}, activations: {{dynamic: true}}}}]",
         f"or leave it float: {rule}, mode: float}}]",
-        *(["or smooth it: transforms: [{smooth: {alpha: 0.5}}]"] if layer.tap in FOLDABLE_TAPS else []),
     )
 
 
@@ -96,6 +102,7 @@ def fp8_underflow(variant: str, layer: LayerFacts) -> Finding | None:
 _WEIGHT_ADVICE = {
     "int8": ("weights: {granularity: channel}", "weights: {observer: mse}", "keep this layer float by rule"),
     "int4": (
+        "codes by the error of the outputs: method: {gptq: {act_order: true}}",
         "a smaller group: weights: {granularity: group, group_size: 32}",
         "weights: {symmetric: false}",
         "weights: {observer: mse}",
@@ -165,10 +172,15 @@ def accuracy_finding(variant: str, record: Mapping[str, Any], layers: Sequence[L
 def _accuracy_advice(layers: Sequence[LayerFacts]) -> tuple[str, ...]:
     outliers = {(layer.block, layer.tap) for layer in layers if layer.levels is not None and layer.levels < LEVELS_FEW}
     if outliers:
-        return (f"mend the {len(outliers)} inputs with outliers, or all at once: activations: {{dynamic: true}}",)
+        return (
+            f"mend the {len(outliers)} inputs with outliers, or all at once: transforms: "
+            f"[{{smooth: {{alpha: {STATIC_ALPHA}}}}}]",
+            "or scales per token: activations: {dynamic: true}",
+        )
     keep = "keep the layers with the lowest SQNR in float by rule: mode: float"
     if any(layer.weights == "int4" for layer in layers):
-        return ("weights: {granularity: group, group_size: 32, symmetric: false}", keep)
+        method = ("method: {gptq: {act_order: true}}",) if any(layer.method == "rtn" for layer in layers) else ()
+        return (*method, "weights: {granularity: group, group_size: 32, symmetric: false}", keep)
     return (keep,)
 
 

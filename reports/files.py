@@ -156,6 +156,7 @@ class PlannedVariant(_Record):
     dtype: str
     cache: dict[str, Any] = Field(default_factory=dict)
     transforms: list[dict[str, Any]] = Field(default_factory=list)
+    prefix: str | list[int] = "off"
     layers: dict[str, PlannedLayer] = Field(default_factory=dict)
 
     @property
@@ -197,6 +198,22 @@ class TableEntry(_Record):
 class Table(_Record):
     sha256: str | None = None  # of scales.safetensors
     entries: dict[str, TableEntry]
+
+
+class Stage(_Record):
+    """Noise of one linear, as relative squared errors, behind the word `after` ("" before any)."""
+
+    after: str
+    weight: float
+    output: float
+    input: float | None = None
+    steps: float | None = None
+    weight_beyond: float = 0.0
+    input_beyond: float | None = None
+
+
+class Diagnosis(_Record):
+    layers: dict[str, list[Stage]]
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -33,6 +33,7 @@ class Run:
     gates: list[files.Gate] = field(default_factory=list)
     scales: dict[str, dict[str, ScaleEntry]] = field(default_factory=dict)
     statistics: dict[str, Taps] = field(default_factory=dict)  # "" = the float stream, else a variant's own
+    stages: dict[str, dict[str, list[files.Stage]]] = field(default_factory=dict)  # variant -> linear -> its stages
     weights_by_kind: dict[str, dict[str, int]] = field(default_factory=dict)  # variant -> kind -> bytes on disk
     missing: tuple[str, ...] = ()
 
@@ -86,6 +87,7 @@ def read_run(path: Path | str) -> Run:
         found[name] = _collect(problems, files.read_json, root / name, model, stage)
     recipe = _collect(problems, _read_recipe, root / "recipe.lock.yaml")
     scales = _read_folders(root / "scales", problems, read_table)
+    stages = _read_folders(root / "scales", problems, _read_stages)
     statistics = _read_statistics(root / "statistics", problems)
     kinds = _read_folders(root / "checkpoint", problems, bytes_by_kind)
     if problems:
@@ -100,6 +102,7 @@ def read_run(path: Path | str) -> Run:
         parity=found.get("parity.json"),
         gates=found["gates.json"].gates if "gates.json" in found else [],
         scales=scales,
+        stages=stages,
         statistics=statistics,
         weights_by_kind=kinds,
         missing=tuple(missing),
@@ -137,6 +140,12 @@ def _read_recipe(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a mapping; run the recipe again")
     return content
+
+
+def _read_stages(folder: Path) -> dict[str, list[files.Stage]]:
+    """Of a variant's folder of scales; nothing where an earlier version of quantbench wrote it."""
+    path = folder / "diagnosis.json"
+    return files.read_json(path, files.Diagnosis, "choose").layers if path.is_file() else {}
 
 
 def _read_folders(root: Path, problems: list[str], read: Callable[[Path], T | None]) -> dict[str, T]:

@@ -12,6 +12,7 @@ from quantbench.reports import advice, formatting
 from quantbench.reports.charts import CHARTS, charts
 from quantbench.reports.figures import series_of
 from quantbench.reports.report import write_text
+from quantbench.reports.stages import name_of
 from quantbench.reports.terminal import first_batch, variant_style
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,6 +62,7 @@ def environment() -> jinja2.Environment:
     )
     for name in ("plain", "percent", "interval", "size", "times", "decibel"):
         made.filters[name] = getattr(formatting, name)
+    made.filters["stage"] = name_of
     return made
 
 

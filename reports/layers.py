@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from quantbench.reports.arrays import ScaleEntry, TapRange, Taps
 from quantbench.reports.gather import Run
+from quantbench.reports.stages import NAMES, NORMAL_P999, StageFacts, name_of, sqnr_db, stage_facts
 
-EXACT_DB = 200.0  # an error of zero is reported as this instead of infinity
 UNIFORM_NOISE_DB = 10 * math.log10(12)  # rounding to a step has noise step²/12 (Bennett 1948)
 
 _TAPS = {
@@ -57,19 +57,28 @@ class LayerFacts:
     method: str
     group_size: int | None = None
     granularity: str | None = None
+    stages: tuple[StageFacts, ...] = ()  # as the model came, behind each transform, as stored
+
+    @property
+    def output_sqnr_db(self) -> float | None:
+        """Of the outputs, at the last stage."""
+        return self.stages[-1].output_sqnr_db if self.stages else None
+
+    @property
+    def transformed(self) -> bool:
+        """Whether a transform of the recipe has worked on it already."""
+        return any(s.after not in NAMES for s in self.stages)
+
+    @property
+    def last_stage(self) -> str:
+        """ "after smooth" """
+        return name_of(self.stages[-1].after) if self.stages else name_of("")
 
     @property
     def worst_db(self) -> float | None:
         """The smallest of the SQNRs that apply: what the layers of a variant are ranked by."""
         known = [x for x in (self.weight_sqnr_db, self.input_sqnr_db, self.typical_sqnr_db) if x is not None]
         return min(known) if known else None
-
-
-def sqnr_db(loss: float | None) -> float | None:
-    """-10·log10 of a relative squared error, capped at EXACT_DB."""
-    if loss is None or not math.isfinite(loss) or loss < 0:
-        return None
-    return EXACT_DB if loss == 0 else min(EXACT_DB, -10 * math.log10(loss))
 
 
 def block_of(name: str) -> int | None:
@@ -122,7 +131,8 @@ def _facts(name: str, run: Run, variant: str, context: _Context) -> LayerFacts:
     changed = (block, tap) in context.changed
     absmax = _absmax(given, None if changed else seen)
     p999 = None if changed or seen is None or seen.p999 is None else float(seen.p999.max())
-    levels = _levels(given, p999)
+    stages = stage_facts(run.stages.get(variant, {}).get(name, ()))
+    levels = _levels(given, p999) if p999 is not None else _estimated_levels(stages)
     return LayerFacts(
         name=name,
         block=block,
@@ -131,7 +141,7 @@ def _facts(name: str, run: Run, variant: str, context: _Context) -> LayerFacts:
         weight_sqnr_db=sqnr_db(weight.about.loss),
         activations=given.about.format if given else None,
         dynamic=given is not None and given.about.granularity == "token",
-        input_sqnr_db=sqnr_db(given.about.loss) if given else None,
+        input_sqnr_db=_input_db(given, stages),
         input_absmax=absmax,
         input_p999=p999,
         over_channels=None if seen is None or changed else _ratio(absmax, float(np.median(seen.channel_absmax))),
@@ -142,7 +152,17 @@ def _facts(name: str, run: Run, variant: str, context: _Context) -> LayerFacts:
         method=planned.method if planned else "rtn",
         group_size=weight.about.group_size,
         granularity=weight.about.granularity,
+        stages=stages,
     )
+
+
+def _input_db(given: ScaleEntry | None, stages: Sequence[StageFacts]) -> float | None:
+    """Of a static scale: by the histogram where one is known, else as the last stage that shows inputs tells it."""
+    if given is None or given.about.granularity == "token":
+        return None
+    if given.about.loss is not None:
+        return sqnr_db(given.about.loss)
+    return next((s.input_sqnr_db for s in reversed(stages) if s.input_sqnr_db is not None), None)
 
 
 def _absmax(given: ScaleEntry | None, seen: TapRange | None) -> float | None:
@@ -157,6 +177,12 @@ def _levels(given: ScaleEntry | None, p999: float | None) -> float | None:
     if given is None or not static or p999 is None or given.scale[0] <= 0:
         return None
     return p999 / float(given.scale[0])
+
+
+def _estimated_levels(stages: Sequence[StageFacts]) -> float | None:
+    """Behind a transform no histogram is known: the median channel, taken as normal, has its 99.9 percentile here."""
+    steps = [s.steps for s in stages if s.steps is not None]
+    return NORMAL_P999 * steps[-1] if steps else None
 
 
 def _typical(levels: float | None) -> float | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from quantbench.reports import advice, ranges
 from quantbench.reports.gather import Run
-from quantbench.reports.layers import LayerFacts, layer_facts, sqnr_db
+from quantbench.reports.layers import LayerFacts, layer_facts
+from quantbench.reports.stages import sqnr_db, variant_stages
 from quantbench.reports.summary import variant_record
 from quantbench.reports.verdict import verdict
 
@@ -32,6 +33,7 @@ def build_report(run: Run) -> dict[str, Any]:
         record["gates"] = [gate.model_dump() for gate in run.gates if gate.variant == name]
         record["layers"] = {layer.name: asdict(layer) | {"worst_db": layer.worst_db} for layer in layers}
         record["worst"] = _worst(layers, found)
+        record["stages"] = variant_stages({layer.name: layer.stages for layer in layers if layer.stages})
         variants[name] = record
     findings.sort(key=lambda f: advice.SEVERITIES.index(f.severity))
     report = {
@@ -110,6 +112,8 @@ def _worst(layers: list[LayerFacts], findings: list[advice.Finding]) -> list[dic
             "layer": layer.name,
             "worst_db": layer.worst_db,
             "because": _because(layer),
+            "output_sqnr_db": layer.output_sqnr_db,
+            "output_sqnr_db_before": layer.stages[0].output_sqnr_db if layer.stages else None,
             "what": said[layer.name].what if layer.name in said else None,
             "severity": said[layer.name].severity if layer.name in said else "ok",
             "try": list(said[layer.name].advice) if layer.name in said else [],

@@ -50,6 +50,8 @@ def words(planned: files.PlannedVariant) -> dict[str, str]:
     }
     if planned.transforms:
         told["transforms"] = "after " + join([_transform_words(t) for t in planned.transforms])
+    if planned.prefix != "off":
+        told["prefix"] = f"behind a prefix ({planned.prefix})"
     kept = sum(layer.weights in _FLOATS for layer in planned.layers.values())
     if kinds and kept:
         told["kept"] = f"{kept} of {len(planned.layers)} linears stay {dtype}"

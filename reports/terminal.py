@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantbench.reports.formatting import NONE, decibel, join, percent, plain, times
+from quantbench.reports.stages import name_of
 
 _STYLES = {"ok": "bold green", "bad": "bold red", "warn": "yellow"}
 _MARKS = {"ok": "OK  ", "bad": "BAD ", "warn": "NOTE"}
@@ -29,7 +30,7 @@ Cell = str | Text
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Prints every section of `report` (see `build_report`) to `console`, default standard output."""
     console = Console() if console is None else console
-    for section in (_verdict, _summary, _speed, _layers, _findings, _parity, _files):
+    for section in (_verdict, _summary, _speed, _stages, _layers, _findings, _parity, _files):
         section(report, console)
 
 
@@ -164,16 +165,35 @@ def _pace(decode: dict[str, Any] | None) -> str:
 
 
 def _layers(report: dict[str, Any], console: Console) -> None:
-    """Five layers where a layer is suspect, the lowest one elsewhere."""
+    """Five layers where a layer is suspect, the lowest one elsewhere; of outputs, before the transforms and behind."""
     rows = []
     for name, record in report["variants"].items():
         suspect = any(worst["severity"] != "ok" for worst in record["worst"])
         for worst in record["worst"] if suspect else record["worst"][:1]:
             style = {"bad": "red", "warn": "yellow"}.get(worst["severity"], "")
-            cells = (f"{name}  {worst['layer']}", decibel(worst["worst_db"]), worst["because"])
+            cells = (f"{name}  {worst['layer']}", decibel(worst["worst_db"]), worst["because"], _outputs(worst))
             rows.append([Text(cell, style=style) for cell in cells])
     if rows:
-        print_table(console, "Lowest signal to quantization noise", ["variant and layer", "SQNR", "of"], rows)
+        columns = ["variant and layer", "SQNR", "of", "its output"]
+        print_table(console, "Lowest signal to quantization noise", columns, rows)
+        console.print()
+
+
+def _outputs(worst: dict[str, Any]) -> str:
+    before, now = worst["output_sqnr_db_before"], worst["output_sqnr_db"]
+    return decibel(now) if before == now else f"{decibel(before)} to {decibel(now)}"
+
+
+def _stages(report: dict[str, Any], console: Console) -> None:
+    """What every transform did, where there is one."""
+    rows = []
+    for name, record in report["variants"].items():
+        for stage in record["stages"] if len(record["stages"]) > 1 else ():
+            numbers = [decibel(stage[f"{kind}_sqnr_db"]) for kind in ("output", "weight", "input", "worst_output")]
+            rows.append([f"{name}  {name_of(stage['after'])}", *numbers])
+    if rows:
+        columns = ["variant and stage", "outputs", "weights", "inputs", "worst output"]
+        print_table(console, "Signal to quantization noise, median of the linears", columns, rows)
         console.print()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quantbench.reports import advice
 from quantbench.reports.layers import LayerFacts, _typical
+from quantbench.reports.stages import StageFacts
 
 CLEAN = LayerFacts(
     name="model.layers.11.mlp.down_proj",
@@ -73,6 +74,7 @@ def test_the_sentence_of_an_outlier() -> None:
         "they share 0.33 of 127 steps"
     )
     assert finding.advice == (
+        "smooth it: transforms: [{smooth: {alpha: 0.9}}]",
         'scales per token: rules: [{match: "model.layers.11.mlp.down_proj", variants: [a8w8], '
         "activations: {dynamic: true}}]",
         'or leave it float: rules: [{match: "model.layers.11.mlp.down_proj", variants: [a8w8], mode: float}]',
@@ -108,12 +110,26 @@ def test_linears_that_run_as_one_are_advised_as_one(name: str, tap: str | None, 
     assert not fnmatchcase("model.layers.1.self_attn.o_proj", glob)
 
 
-def test_smoothing_is_offered_only_where_a_norm_can_take_it() -> None:
-    def offers(tap: str) -> bool:
-        (finding,) = advice.layer_findings("a8w8", [replace(BAD, tap=tap)])
+def stage(after: str, steps: float | None = None) -> StageFacts:
+    return StageFacts(after, 40.0, 30.0, 29.0, steps, 0.0, None)
+
+
+def test_smoothing_is_offered_only_where_it_can_be_folded_and_was_not_tried() -> None:
+    def offers(**changes: Any) -> bool:
+        (finding,) = advice.layer_findings("a8w8", [replace(BAD, **changes)])
         return any("smooth" in line for line in finding.advice)
 
-    assert [offers(tap) for tap in ("attn_in", "mlp_in", "o_in", "down_in")] == [True, True, False, False]
+    assert [offers(tap=tap) for tap in ("attn_in", "mlp_in", "o_in", "down_in")] == [True, True, False, True]
+    assert offers(stages=(stage(""),))
+    assert not offers(stages=(stage(""), stage("smooth")))
+
+
+def test_an_outlier_behind_a_transform_is_told_by_its_steps() -> None:
+    layer = replace(BAD, input_p999=None, levels=9.9, stages=(stage(""), stage("smooth", 3.0)))
+    (finding,) = advice.layer_findings("a8w8", [layer])
+    assert finding.what == (
+        "input of model.layers.11.mlp.down_proj, after smooth, leaves about 9.9 of 127 steps to an ordinary channel"
+    )
 
 
 def test_layers_that_share_an_input_share_its_finding() -> None:
@@ -176,11 +192,12 @@ def test_perplexity_names_the_worst_text_and_its_cause() -> None:
         return finding.advice
 
     assert told([CLEAN, BAD, replace(BAD, block=3)]) == (
-        "mend the 2 inputs with outliers, or all at once: activations: {dynamic: true}",
+        "mend the 2 inputs with outliers, or all at once: transforms: [{smooth: {alpha: 0.9}}]",
+        "or scales per token: activations: {dynamic: true}",
     )
-    assert (
-        told([replace(CLEAN, weights="int4")])[0] == "weights: {granularity: group, group_size: 32, symmetric: false}"
-    )
+    groups = "weights: {granularity: group, group_size: 32, symmetric: false}"
+    assert told([replace(CLEAN, weights="int4")])[:2] == ("method: {gptq: {act_order: true}}", groups)
+    assert told([replace(CLEAN, weights="int4", method="gptq")])[0] == groups
     assert told([CLEAN]) == ("keep the layers with the lowest SQNR in float by rule: mode: float",)
 
 

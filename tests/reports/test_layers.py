@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantbench.reports.gather import Run, read_run
-from quantbench.reports.layers import block_of, layer_facts, sqnr_db, tap_of
+from quantbench.reports.layers import block_of, layer_facts, tap_of
+from quantbench.reports.stages import sqnr_db
 from quantbench.scales.statistics import observe, save
 
 

@@ -20,11 +20,12 @@ TOP = {
 }  # fmt: skip
 VARIANT = {
     "mode", "baseline", "quantized", "meaning", "size", "accuracy", "speed", "parity", "gates", "layers", "worst",
+    "stages",
 }  # fmt: skip
 LAYER = {
     "name", "block", "tap", "weights", "weight_sqnr_db", "activations", "dynamic", "input_sqnr_db", "input_absmax",
     "input_p999", "over_channels", "over_layers", "levels", "typical_sqnr_db", "rule", "method", "group_size",
-    "granularity", "worst_db",
+    "granularity", "stages", "worst_db",
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_the_worst_layers_and_what_to_try(report: dict[str, Any]) -> None:
     assert len(worst) == 5
     assert worst[0]["severity"] == "bad"
     assert "reaches 3,537 while" in worst[0]["what"]
-    assert len(worst[0]["try"]) == 2
+    assert len(worst[0]["try"]) == 3
     assert worst[4]["severity"] == "ok"
     assert [w["worst_db"] for w in worst] == sorted(w["worst_db"] for w in worst)
 
