@@ -11,6 +11,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,10 @@ TYPES: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): 0,
     np.dtype(ml_dtypes.bfloat16): 14,
     np.dtype(ml_dtypes.float8_e4m3fn): 28,
+}
+BEST_FROM: dict[np.dtype[Any], int] = {  # tokens from which it was the fastest on an H200
+    np.dtype(ml_dtypes.bfloat16): 49,
+    np.dtype(ml_dtypes.float8_e4m3fn): 385,
 }
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -156,16 +161,26 @@ def load_library() -> ctypes.CDLL:
         ) from error
 
 
+_OPEN: WeakKeyDictionary[Device, Blas | None] = WeakKeyDictionary()
+
+
 def open_blas(device: Device) -> Blas | None:
     """The library, or None where it is not installed, where QUANTBENCH_CUDA_BLAS=0 forbids it, and on the portable
     path, which stands on our own kernels alone."""
-    portable = os.environ.get("QUANTBENCH_CUDA_PORTABLE", "0") != "0"
-    if portable or os.environ.get("QUANTBENCH_CUDA_BLAS", "1") == "0":
-        return None
-    try:
-        return Blas(device)
-    except DependencyError:
-        return None
+    if device not in _OPEN:
+        portable = os.environ.get("QUANTBENCH_CUDA_PORTABLE", "0") != "0"
+        forbidden = portable or os.environ.get("QUANTBENCH_CUDA_BLAS", "1") == "0"
+        try:
+            _OPEN[device] = None if forbidden else Blas(device)
+        except DependencyError:
+            _OPEN[device] = None
+    return _OPEN[device]
+
+
+def wins(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
+    """Whether the library is there, takes this product, and was measured to be the fastest at this size."""
+    least = BEST_FROM.get(x.dtype)
+    return least is not None and len(x) >= least and suits(device, x, w, out) and open_blas(device) is not None
 
 
 def suits(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:

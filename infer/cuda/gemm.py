@@ -2,6 +2,7 @@
 
     stream   few tokens: weights straight from memory into tensor-core registers; every kind
     tile     many tokens, inputs and weights of one kind (int8, e4m3, bf16)
+    blas     cuBLASLt, where it is installed: bf16 and e4m3, many tokens
     plain    everything else: any kinds, any shape, slow
 
 `choose` decides from kinds and shapes alone; tests force each kernel.
@@ -15,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quantbench.infer.cuda import rows
+from quantbench.infer.cuda import blas, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import BF16, DTYPES, E4M3, F16, F32, INT4, INT8, kind_of
@@ -98,7 +99,10 @@ def linear(device: Device, a: Activation, w: DeviceWeight, out: DeviceArray, col
     codes = a.codes is not None and (a.values is None or w.activations is not None)
     x: Any = a.codes if codes else a.values
     one = Linear(kind_of(x.dtype), _base(w.kind), len(x), w.columns, _group(w), w.zero is not None)
-    run = KERNELS[choose(one, w.kind == INT8_DOT, device.dtype == np.float32)]
+    same = device.dtype == np.float32
+    whole = w.bias is None and w.rows == out.shape[1] and not same
+    library = whole and blas.wins(device, x, w.codes, out)
+    run = KERNELS["blas" if library else choose(one, w.kind == INT8_DOT, same)]
     run(device, one, x, a.scale if codes else None, w, out, column)
 
 
@@ -178,6 +182,9 @@ def _widen(
     device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
 ) -> None:
     wide = widened(device, w)
+    if w.bias is None and w.rows == out.shape[1] and blas.wins(device, x, wide.codes, out):
+        _blas(device, one, x, None, wide, out, column)
+        return
     _tile(device, Linear(one.x, BF16, one.tokens, one.columns, 0, False), x, None, wide, out, column)
 
 
@@ -194,7 +201,20 @@ def widened(device: Device, w: DeviceWeight) -> DeviceWeight:
     return DeviceWeight(BF16, w.rows, w.columns, codes, bias=w.bias)
 
 
-KERNELS = {"stream": _stream, "tile": _tile, "plain": _plain, "widen": _widen}
+def _blas(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    library = blas.open_blas(device)
+    assert library is not None  # blas.wins
+    if scale is None or w.scale is None:
+        library.matmul(x, w.codes, out)
+        return
+    if scale.size == 1:  # the library wants one scale for every token
+        scale = rows.repeat(device, scale, one.tokens)
+    library.matmul(x, w.codes, out, (w.scale, scale))
+
+
+KERNELS = {"blas": _blas, "stream": _stream, "tile": _tile, "plain": _plain, "widen": _widen}
 
 
 def _base(kind: int) -> int:
