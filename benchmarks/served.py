@@ -30,6 +30,7 @@ from pathlib import Path
 from served_entries import CALIBRATION, Entry, Words, entries, text_of
 
 ROOT = Path(__file__).resolve().parents[1]
+TITLES = {"demo:smollm2": "SmolLM2-135M-Instruct"}
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 
 
@@ -108,7 +109,7 @@ def child_serves(spec: str, checkpoints: dict[str, str], threads: int, asked: Te
         "sizes": sizes,
         "machine": describe_machine(threads),
         "versions": versions(),
-        "title": Path(source.name).name,
+        "title": TITLES.get(spec, source.name),
     }
 
 
@@ -125,6 +126,7 @@ def served(found: Words, entry: Entry, family: str, took: Words) -> Words:
             "calibration_s": took["seconds"],
             "calibration_peak_rss_bytes": took["peak_rss_bytes"],
             "date": date.today().isoformat(),
+            "command": f"python benchmarks/served.py run --only {entry.key}",
             "machine": found["machine"],
             "versions": found["versions"],
         }
