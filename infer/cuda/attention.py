@@ -1,11 +1,25 @@
-"""Causal attention over the paged cache: which kernel, and its launch."""
+"""Causal attention over the paged cache: which kernels, how the pages are split over blocks, and the launches.
+
+plain     float32 between operations: arithmetic in float32, any head size
+decode    bfloat16, sequences with one new token: pages split over blocks, then combined
+prefill   bfloat16, sequences with more
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
+from quantbench.infer.cuda import rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
 from quantbench.infer.cuda.device import Device
-from quantbench.infer.cuda.kinds import kind_of
+from quantbench.infer.cuda.kinds import DTYPES, F32, kind_of
+from quantbench.infer.ops.types import FLOAT, PAGE, Activation, ActSpec
+
+SHARED = 99 << 10  # bytes that a block may take on every GPU since sm_80
+RING = 56 << 10  # bytes for the stages of a decoding block: several blocks share a multiprocessor
+PREFILL_ROWS = 64
+SPLITS = 64  # at most
 
 
 def attention(
@@ -13,19 +27,109 @@ def attention(
 ) -> DeviceArray:
     """Softmax attention of q [T, H d] (device dtype) over the pages, as stored; [T, H d]. A token sees itself and
     `window - 1` tokens before it. Rows of a sequence with context 0 become zeros."""
-    return _plain(device, q, batch, cache, window)
-
-
-def _plain(device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None) -> DeviceArray:
-    kv_heads, size = cache.k.shape[1], cache.k.shape[3]
-    heads = q.shape[1] // size
     out = device.empty(q.shape, q.dtype)
-    kernel = device.kernel(
-        "attention_plain.cu", "attention_plain", SIZE=size, GROUP=heads // kv_heads, IO=kind_of(q.dtype),
-        CACHE=kind_of(cache.k.dtype), PER_TOKEN=int(len(cache.k_scale.shape) == 3),
-    )  # fmt: skip
-    device.launch(
-        kernel, (batch.tokens, heads), 128, q, batch.starts, batch.context, batch.tables, batch.sequences,
-        batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, kv_heads, window or 0, out,
-    )  # fmt: skip
+    if not on_tensor_cores(device, cache):
+        _plain(device, q, batch, cache, window, out)
+        return out
+    if not batch.decode:
+        _prefill(device, q, batch, cache, window, out)
+    _decode(device, q, batch, cache, window, out)
     return out
+
+
+def decode_quantized(
+    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, spec: ActSpec
+) -> Activation:
+    """`attention` of one row per sequence, quantized as `spec` says: where pages are split, by the kernel that joins
+    the splits."""
+    if spec.format is None or not on_tensor_cores(device, cache) or _splits(device, batch, cache) == 1:
+        return rows.quantize(device, attention(device, q, batch, cache, window), spec)
+    return _decode(device, q, batch, cache, window, None, spec)
+
+
+def on_tensor_cores(device: Device, cache: DeviceCache) -> bool:
+    """Whether decode and prefill kernels take this cache: 16-bit activations, heads of whole 16s, no float32 pages."""
+    return device.dtype != np.float32 and cache.k.dtype != np.float32 and cache.k.shape[3] % 16 == 0
+
+
+def _plain(
+    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
+) -> None:
+    kernel = device.kernel("attention_plain.cu", "attention_plain", **_macros(q, cache))
+    device.launch(
+        kernel, (batch.tokens, q.shape[1] // cache.k.shape[3]), 128, q, batch.starts, batch.context, batch.tables,
+        batch.sequences, batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, cache.k.shape[1],
+        window or 0, out,
+    )  # fmt: skip
+
+
+def _prefill(
+    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
+) -> None:
+    size, codes = cache.k.shape[3], cache.k.dtype.itemsize == 1
+    keys = 64 if size <= 128 else 32
+    row = size * 2 + 16
+    fixed = PREFILL_ROWS * row + (2 * keys * row if codes else 0)
+    stage = 2 * keys * (size if codes else row)
+    stages = 2 if fixed + 2 * stage <= SHARED else 1
+    kernel = device.kernel("prefill.cu", "attention_prefill", KEYS=keys, STAGES=stages, **_macros(q, cache))
+    device.launch(
+        kernel, (-(-batch.max_rows // PREFILL_ROWS), q.shape[1] // size, batch.sequences), 128,
+        q, batch.starts, batch.context, batch.tables, batch.tables.shape[1], cache.k, cache.v, cache.k_scale,
+        cache.v_scale, cache.k.shape[1], window or 0, out, shared=fixed + stages * stage,
+    )  # fmt: skip
+
+
+def _decode(
+    device: Device,
+    q: DeviceArray,
+    batch: DeviceBatch,
+    cache: DeviceCache,
+    window: int | None,
+    out: DeviceArray | None,
+    spec: ActSpec = FLOAT,
+) -> Activation:
+    """Sequences of one row. Splits are joined into `out`, or into what `spec` asks for."""
+    kv_heads, size = cache.k.shape[1], cache.k.shape[3]
+    heads, splits = q.shape[1] // size, _splits(device, batch, cache)
+    stages, shared = _ring(cache, heads // kv_heads)
+    sums = parts = None
+    if splits > 1:
+        sums = device.empty((batch.sequences, splits, heads, size), DTYPES[F32])
+        parts = device.empty((batch.sequences, splits, heads, 2), DTYPES[F32])
+    kernel = device.kernel("decode.cu", "attention_decode", STAGES=stages, **_macros(q, cache))
+    device.launch(
+        kernel, (splits, kv_heads, batch.sequences), 128, q, batch.starts, batch.context, batch.tables,
+        batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, window or 0, out, sums, parts,
+        shared=shared,
+    )  # fmt: skip
+    if sums is None or parts is None:
+        return Activation(out)  # type: ignore[arg-type]
+    return rows.combine(device, sums, parts, batch.starts, spec, out)
+
+
+def _splits(device: Device, batch: DeviceBatch, cache: DeviceCache) -> int:
+    """Splits of the pages that finish first: rounds of blocks times the pages of each, and a little for starting."""
+    pages, blocks = -(-batch.max_context // PAGE), batch.sequences * cache.k.shape[1]
+    slots = 3 * device.multiprocessors
+    return min(range(1, min(pages, SPLITS) + 1), key=lambda n: -(-blocks * n // slots) * (-(-pages // n) + 1.5))
+
+
+def _ring(cache: DeviceCache, group: int) -> tuple[int, int]:
+    """Stages of a decoding warp's ring, and the block's bytes of shared memory (kernels/decode.cu)."""
+    size, per_token = cache.k.shape[3], len(cache.k_scale.shape) == 3
+    stage = 4 * (2 * 16 * (size * cache.k.dtype.itemsize + 16) + (128 if per_token else 0))
+    stages = max(1, min(4, RING // stage))
+    exchange = 4 * (-(-group // 8) * 8) * ((size + 4) * 4 + 8)
+    return stages, max(stages * stage, exchange)
+
+
+def _macros(q: DeviceArray, cache: DeviceCache) -> dict[str, int | str]:
+    kv_heads, size = cache.k.shape[1], cache.k.shape[3]
+    return {
+        "SIZE": size,
+        "GROUP": q.shape[1] // size // kv_heads,
+        "IO": kind_of(q.dtype),
+        "CACHE": kind_of(cache.k.dtype),
+        "PER_TOKEN": int(len(cache.k_scale.shape) == 3),
+    }

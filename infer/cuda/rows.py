@@ -15,8 +15,18 @@ from quantbench.infer.cuda.weight import DeviceWeight
 from quantbench.infer.ops.types import FLOAT, Activation, ActSpec
 
 __all__ = [
-    "add_norm", "argmax", "embed", "gather", "logprobs", "quantize", "rope_write", "sample", "silu_mul", "split_bf16",
-]  # fmt: skip
+    "add_norm",
+    "argmax",
+    "combine",
+    "embed",
+    "gather",
+    "logprobs",
+    "quantize",
+    "rope_write",
+    "sample",
+    "silu_mul",
+    "split_bf16",
+]
 
 Rope = tuple[DeviceArray, DeviceArray]
 BLOCK = 512  # threads, at most, for one row
@@ -106,6 +116,21 @@ def rope_write(
     return q
 
 
+def combine(
+    device: Device, sums: DeviceArray, parts: DeviceArray, starts: DeviceArray, spec: ActSpec, out: DeviceArray | None
+) -> Activation:
+    """Joins the splits of decoding attention: sums f32[S, splits, H, d] and (maximum, total) f32[S, splits, H, 2], into
+    rows `starts` of `out` where given (floats), else into what `spec` asks for."""
+    sequences, splits, heads, size = sums.shape
+    a, arguments = _output(device, sequences, heads * size, spec, out)
+    macros = _macros(device, heads * size, spec)
+    kernel = device.kernel("rows.cu", "combine", SIZE=size, **macros)
+    device.launch(
+        kernel, sequences, _threads(heads * size), sums, parts, starts, splits, a.values, *arguments, device.bad
+    )
+    return a
+
+
 def split_bf16(device: Device, x: DeviceArray) -> DeviceArray:
     """f32[T, K] as bf16[T, 2K]: each row rounded, then what the rounding left."""
     out = device.empty((x.shape[0], 2 * x.shape[1]), DTYPES[1])
@@ -137,9 +162,12 @@ def _macros(device: Device, width: int, spec: ActSpec) -> dict[str, int | str]:
     }
 
 
-def _output(device: Device, tokens: int, width: int, spec: ActSpec) -> tuple[Activation, tuple[Any, ...]]:
+def _output(
+    device: Device, tokens: int, width: int, spec: ActSpec, values: DeviceArray | None = None
+) -> tuple[Activation, tuple[Any, ...]]:
     """Arrays for what an operation hands on, and the arguments that kernels take for codes and scales."""
-    values = device.empty((tokens, width), device.dtype) if spec.format is None or spec.keep_float else None
+    if values is None and (spec.format is None or spec.keep_float):
+        values = device.empty((tokens, width), device.dtype)
     if spec.format is None:
         return Activation(values), (None, None, 0.0)  # type: ignore[arg-type]
     codes = device.empty((tokens, width), DTYPES[CODES[spec.format]])

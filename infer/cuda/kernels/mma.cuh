@@ -41,12 +41,12 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return r;
 }
 
-// Codes 0 and 1 (bytes 0, 1) of `codes` as two floats of KIND. Exact.
+// Bytes `first` and `second` of `codes` as two floats of KIND. Exact.
 template <int CODE, int KIND>
-DEVICE u32 widen(u32 codes) {
-    if constexpr (CODE == E4M3 && KIND == F16) return e4m3x2_to_f16x2(codes);
-    u32 spread = permute_bytes(codes, 0, 0x4140);  // a code in the lower byte of each half
-    if constexpr (CODE == E4M3) {                  // its exponent starts 120 below bf16's: times 2^120
+DEVICE u32 widen(u32 codes, int first, int second) {
+    if constexpr (CODE == E4M3 && KIND == F16) return e4m3x2_to_f16x2(permute_bytes(codes, 0, first | second << 4));
+    u32 spread = permute_bytes(codes, 0, 0x4040 | first | second << 8);  // a code in the lower byte of each half
+    if constexpr (CODE == E4M3) {                                        // its exponent starts 120 below bf16's: times 2^120
         u32 shifted = (spread & 0x00800080u) << 8 | (spread & 0x007f007fu) << 4;
         return fma_bf16x2(shifted, 0x7b807b80u, 0x80008000u);
     } else if constexpr (KIND == F16) {  // 1024 + (code + 128), less 1152
@@ -73,4 +73,34 @@ template <int KIND>
 DEVICE u32 int4_offset(int zero) {
     float offset = -((KIND == F16 ? 1024.0f : 128.0f) + 8.0f + float(zero));
     return pack_two<KIND == F16 ? F16 : BF16>(offset, offset);
+}
+
+// ---- shared memory ----
+
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// 16 bytes from memory, or zeros where not valid.
+DEVICE void copy_chunk(u32 to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wait_for_copies() {  // of this thread, but the last PENDING groups
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Register i of lane
+// (g, t) holds row g, elements 2t and 2t + 1 of matrix i; transposed: column g, rows 2t and 2t + 1.
+DEVICE void load_matrices(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+DEVICE void load_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+DEVICE u32 transpose(u32 a) {  // of an 8 x 8 matrix held in one register per lane
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
+    return r;
 }

@@ -121,3 +121,40 @@ KERNEL void __launch_bounds__(THREADS) silu_mul(const void* gate_up, void* value
     }
     emit(row, start, values, codes, scales, given, bad);
 }
+
+#ifdef SIZE
+// Joins the splits of attention_decode: sums f32[S, splits, heads, SIZE] and (maximum, total) in base 2 to a row per
+// sequence. Rows of sequences with more than one row are another kernel's.
+KERNEL void __launch_bounds__(THREADS) combine(const float* sums, const float2* parts, const int* starts, int splits,
+                                               void* values, u8* codes, float* scales, float given, u32* bad) {
+    let_successor_start();
+    wait_for_predecessor();
+    int sequence = blockIdx.x, first = starts[sequence];
+    if (starts[sequence + 1] - first != 1) return;
+    Row row;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+        if (!holds(c)) continue;
+        int head = column(c) / SIZE;
+        float top = -3.0e38f, total = 0.0f;
+        s64 base = s64(sequence) * splits * (WIDTH / SIZE) + head;
+        for (int s = 0; s < splits; ++s) top = fmaxf(top, parts[base + s * (WIDTH / SIZE)].x);
+#pragma unroll
+        for (int j = 0; j < V; ++j) row.v[c][j] = 0.0f;
+#pragma unroll 4
+        for (int s = 0; s < splits; ++s) {
+            s64 place = base + s * (WIDTH / SIZE);
+            float2 part = parts[place];
+            if (part.y == 0.0f) continue;  // an empty split
+            float share = exp2f(part.x - top), sum[V];
+            load_vector<F32>(sums, place * SIZE + column(c) % SIZE, sum);
+            total += share * part.y;
+#pragma unroll
+            for (int j = 0; j < V; ++j) row.v[c][j] += share * sum[j];
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) row.v[c][j] = total > 0.0f ? row.v[c][j] / total : 0.0f;
+    }
+    emit(row, s64(first) * WIDTH, values, codes, scales, given, bad);
+}
+#endif

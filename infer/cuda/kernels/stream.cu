@@ -71,7 +71,7 @@ DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i 
 DEVICE u32 weight_pair(const uint4& row, int octet, int pair, u32 offset) {
     if constexpr (W == INT4) return widen_int4<kKind>(word(row, octet), pair, offset);
     else if constexpr (W == BF16 || W == F16) return word(row, pair);
-    else return widen<W, kKind>(word(row, octet * 2 + pair / 2) >> (pair % 2 * 16));
+    else return widen<W, kKind>(word(row, octet * 2 + pair / 2), pair % 2 * 2, pair % 2 * 2 + 1);
 }
 
 // The lane's inputs `octet` of a step, of one token: four registers, and for float inputs what bf16 left over.

@@ -17,11 +17,8 @@ template <bool INTEGER> struct Sum { typedef float type; };
 template <> struct Sum<true> { typedef int type; };
 typedef Sum<ELEMENT == INT8>::type sum_t;
 
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
-DEVICE void copy_chunk(u32 to, const void* from, bool valid) {  // zeros where not valid
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
+// Address of a 16-byte chunk of a row of a stage.
+DEVICE u32 place(u32 base, int row, int chunk) { return base + row * kSlice + ((chunk ^ (row % 8)) * 16); }
 
 // Slice `slice` of `count` rows into shared memory.
 DEVICE void copy_rows(u32 to, const u8* from, int first, int count, int limit, s64 row_bytes, s64 byte) {
@@ -29,14 +26,8 @@ DEVICE void copy_rows(u32 to, const u8* from, int first, int count, int limit, s
         int row = i / 8, chunk = i % 8;
         bool valid = first + row < limit && byte + chunk * 16 < row_bytes;
         const u8* source = from + (valid ? (first + row) * row_bytes + byte + chunk * 16 : 0);
-        copy_chunk(to + row * kSlice + ((chunk ^ (row % 8)) * 16), source, valid);
+        copy_chunk(place(to, row, chunk), source, valid);
     }
-}
-
-DEVICE void load_matrices(u32 (&r)[4], u32 base, int row, int chunk) {  // of this lane's row and chunk
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(base + row * kSlice + ((chunk ^ (row % 8)) * 16)) : "memory");
 }
 
 template <class S>
@@ -53,11 +44,11 @@ DEVICE void multiply_stage(u32 stage, int row_warp, int token_warp, sum_t (&sum)
         u32 a[kRowTiles][4];
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
-            load_matrices(a[i], stage, row_warp * 32 + i * 16 + lane % 16, step * 2 + lane / 16);
+            load_matrices(a[i], place(stage, row_warp * 32 + i * 16 + lane % 16, step * 2 + lane / 16));
 #pragma unroll
         for (int j = 0; j < kTokenTiles; j += 2) {
             u32 b[4];
-            load_matrices(b, tokens, token_warp * (TOKENS / 2) + j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
+            load_matrices(b, place(tokens, token_warp * (TOKENS / 2) + j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
 #pragma unroll
             for (int i = 0; i < kRowTiles; ++i) {
                 multiply(sum[i][j], a[i], b[0], b[1]);
@@ -85,17 +76,17 @@ KERNEL void __launch_bounds__(kWarps * 32, 1)
             copy_rows(stage, w, first_row, kRows, rows, w_bytes, byte);
             copy_rows(stage + kRows * kSlice, x, first_token, TOKENS, tokens, x_bytes, x_byte);
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit_copies();
     };
     sum_t sum[kRowTiles][kTokenTiles][4] = {};
     for (int s = 0; s < kStages - 1; ++s) fetch(s);
     for (int slice = 0; slice < slices; ++slice) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+        wait_for_copies<kStages - 2>();
         __syncthreads();  // this slice is there, and all warps have left the one before it
         fetch(slice + kStages - 1);
         multiply_stage(base + slice % kStages * kStageBytes, row_warp, token_warp, sum);
     }
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    wait_for_copies<0>();
     __syncthreads();
     sum_t* exchange = (sum_t*)memory;  // [tokens][rows], so that stores run along rows
 #pragma unroll

@@ -1,0 +1,256 @@
+// Attention of one new token per sequence over its pages, read as stored: 16-bit floats, int8 or e4m3 codes.
+//
+// A block takes one KV head of one sequence, and of its pages those of one split; a warp takes 16 tokens of every page,
+// which arrive in its own ring of stages by cp.async. Tokens (for scores) and head elements (for the result) are the 16
+// rows of a tensor-core product, the query heads that share the KV head its 8 columns. Codes become f16 exactly and
+// scales apply to scores and probabilities. Warps, and then splits (combine in rows.cu), are joined by their maxima.
+//
+// Macros: SIZE (head_dim, a multiple of 16), GROUP (q heads per KV head), IO (kind of q and out), CACHE (BF16 | F16 |
+// INT8 | E4M3), PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), STAGES.
+#include "common.cuh"
+#include "mma.cuh"
+
+constexpr bool kCodes = CACHE == INT8 || CACHE == E4M3;
+constexpr int kKind = CACHE == BF16 ? BF16 : F16;  // of the products
+constexpr int kElement = kCodes ? 1 : 2, kWarps = 4, kTokens = 16;
+constexpr int kRowBytes = SIZE * kElement, kRow = kRowBytes + 16;  // padded, so that eight rows use different banks
+constexpr int kSteps = SIZE / 16, kTiles = (GROUP + 7) / 8;        // products along a head; of 8 query heads
+constexpr int kSide = kTokens * kRow, kStage = 2 * kSide + (PER_TOKEN ? 2 * kTokens * 4 : 0);
+constexpr int kPad = SIZE + 4;
+constexpr float kNone = -1.0e30f;  // a score below every other
+
+struct Cache {
+    const u8 *k, *v;
+    const float *k_scale, *v_scale;
+    int heads, head;
+};
+
+// The warp's 16 tokens of a page into a stage; zeros for tokens at or beyond `tokens`.
+DEVICE void fetch(u32 stage, const Cache& c, s64 page, int first_token, int tokens) {
+    int lane = threadIdx.x % 32;
+    s64 place = (page * c.heads + c.head) * kPage + threadIdx.x / 32 * kTokens;
+#pragma unroll
+    for (int i = lane; i < 2 * kTokens * (kRowBytes / 16); i += 32) {
+        int side = i / (kTokens * (kRowBytes / 16)), j = i % (kTokens * (kRowBytes / 16));
+        int token = j / (kRowBytes / 16), chunk = j % (kRowBytes / 16);
+        const u8* from = (side ? c.v : c.k) + (place + token) * kRowBytes + chunk * 16;
+        copy_chunk(stage + side * kSide + token * kRow + chunk * 16, from, first_token + token < tokens);
+    }
+    if constexpr (PER_TOKEN) {
+        if (lane < 8) copy_chunk(stage + 2 * kSide + lane * 16, (lane < 4 ? c.k_scale : c.v_scale) + place + lane % 4 * 4, true);
+    }
+}
+
+// Register pair `step` of the queries: column g is query head tile * 8 + g, elements as the keys' registers hold them.
+DEVICE void load_queries(u32 (&b)[kTiles][kSteps][2], const void* q, s64 row, int lane) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                int head = n * 8 + lane / 4, i = s * 16 + (kCodes ? lane % 4 * 4 + half * 2 : lane % 4 * 2 + half * 8);
+                float low = 0.0f, high = 0.0f;
+                if (head < GROUP) {
+                    low = load_one<IO>(q, row + head * SIZE + i);
+                    high = load_one<IO>(q, row + head * SIZE + i + 1);
+                }
+                b[n][s][half] = pack_two<kKind>(low, high);
+            }
+}
+
+// Scores of the warp's 16 tokens: s[n] holds tokens g and g + 8 (rows), heads 2t and 2t + 1 of tile n.
+DEVICE void score(float (&s)[kTiles][4], u32 keys, const u32 (&q)[kTiles][kSteps][2], int lane) {
+    constexpr int kTwice = kCodes ? 2 : 1;  // 16 bytes of a row are 8 or 16 elements
+#pragma unroll
+    for (int i = 0; i < kSteps; i += kTwice) {
+        u32 r[4];
+        int chunk = kCodes ? min(i + lane / 16, kSteps - 1) : i * 2 + lane / 16;
+        load_matrices(r, keys + lane % 16 * kRow + chunk * 16);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+            if constexpr (kCodes) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    if (i + j < kSteps)
+                        mma_16bit<kKind>(s[n], widen<CACHE, kKind>(r[2 * j], 0, 1), widen<CACHE, kKind>(r[2 * j + 1], 0, 1),
+                                         widen<CACHE, kKind>(r[2 * j], 2, 3), widen<CACHE, kKind>(r[2 * j + 1], 2, 3),
+                                         q[n][i + j][0], q[n][i + j][1]);
+            } else {
+                mma_16bit<kKind>(s[n], r[0], r[1], r[2], r[3], q[n][i][0], q[n][i][1]);
+            }
+        }
+    }
+}
+
+// Adds probabilities times values: o[m][n] holds elements `element_of(m, ..)` (rows), heads 2t and 2t + 1 of tile n.
+DEVICE void accumulate(float (&o)[kSteps][kTiles][4], u32 values, const u32 (&p)[kTiles][2], int lane) {
+    constexpr int kTwice = kCodes ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < kSteps; i += kTwice) {
+        u32 r[4];  // codes: 16 elements x tokens 0-7, 8-15, twice; floats: tokens 0-7 x 8 elements, twice, then 8-15
+        int token = kCodes ? lane % 16 : lane / 16 * 8 + lane % 8;
+        int chunk = kCodes ? min(i + lane / 16, kSteps - 1) : i * 2 + lane / 8 % 2;
+        load_transposed(r, values + token * kRow + chunk * 16);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+            if constexpr (kCodes) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    if (i + j < kSteps)
+                        mma_16bit<kKind>(o[i + j][n], widen<CACHE, kKind>(r[2 * j], 0, 2), widen<CACHE, kKind>(r[2 * j], 1, 3),
+                                         widen<CACHE, kKind>(r[2 * j + 1], 0, 2), widen<CACHE, kKind>(r[2 * j + 1], 1, 3),
+                                         p[n][0], p[n][1]);
+            } else {
+                mma_16bit<kKind>(o[i][n], r[0], r[1], r[2], r[3], p[n][0], p[n][1]);
+            }
+        }
+    }
+}
+DEVICE int element_of(int step, int g, int second) {  // of row g, or of row g + 8
+    return step * 16 + (kCodes ? 2 * g + second : g + 8 * second);
+}
+
+DEVICE float over_rows_max(float x) {  // over the lanes that hold the same heads
+#pragma unroll
+    for (int step = 4; step < 32; step <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+DEVICE float over_rows_sum(float x) {
+#pragma unroll
+    for (int step = 4; step < 32; step <<= 1) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+// out: IO[rows, heads SIZE] where there is one split; else sums f32[S, splits, heads, SIZE] and their (maximum, total) in
+// base 2. Sequences with more than one row are left to the prefill kernel.
+KERNEL void __launch_bounds__(kWarps * 32)
+    attention_decode(const void* q, const int* starts, const int* context, const int* tables, int table_width, const u8* k,
+                     const u8* v, const float* k_scale, const float* v_scale, int window, void* out, float* sums, float2* parts) {
+    extern __shared__ __align__(128) u8 memory[];
+    let_successor_start();
+    wait_for_predecessor();
+    int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z, splits = gridDim.x, kv_heads = gridDim.y;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int first_row = starts[sequence], tokens = context[sequence];
+    if (starts[sequence + 1] - first_row != 1) return;
+    int from = window > 0 ? max(0, tokens - window) : 0, first_page = from / kPage, pages = (tokens + kPage - 1) / kPage;
+    int each = (pages - first_page + splits - 1) / splits;
+    int begin = first_page + split * each, end = min(pages, begin + each);
+    Cache cache{k, v, k_scale, v_scale, kv_heads, kv_head};
+    const int* table = tables + s64(sequence) * table_width;
+    u32 ring = shared_address(memory) + warp * STAGES * kStage;
+    s64 row = (s64(first_row) * kv_heads + kv_head) * GROUP * SIZE;
+
+    u32 queries[kTiles][kSteps][2];
+    load_queries(queries, q, row, lane);
+    float o[kSteps][kTiles][4] = {}, top[kTiles][2], total[kTiles][2] = {};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) top[n][0] = top[n][1] = kNone;
+    float factor = rsqrtf(float(SIZE)) * 1.44269504f;
+    if constexpr (kCodes && !PER_TOKEN) factor *= k_scale[kv_head];
+
+    auto request = [&](int page) {
+        if (page < end) fetch(ring + (page - begin) % STAGES * kStage, cache, table[page], page * kPage + warp * kTokens, tokens);
+        commit_copies();
+    };
+    for (int s = 0; s < STAGES - 1; ++s) request(begin + s);
+    for (int page = begin; page < end; ++page) {
+        __syncwarp();  // every lane has left the stage that is filled next
+        request(page + STAGES - 1);
+        wait_for_copies<STAGES - 1>();
+        __syncwarp();
+        int first = page * kPage + warp * kTokens;
+        if (first >= tokens || first + kTokens <= from) continue;
+        u32 stage = ring + (page - begin) % STAGES * kStage;
+        float s[kTiles][4] = {}, ks[2] = {1.0f, 1.0f}, vs[2] = {1.0f, 1.0f}, v_top = 1.0f;
+        score(s, stage, queries, lane);
+        if constexpr (PER_TOKEN) {
+            const float* scales = (const float*)(memory + (stage - shared_address(memory)) + 2 * kSide);
+            ks[0] = scales[g], ks[1] = scales[g + 8];
+            vs[0] = first + g < tokens ? scales[kTokens + g] : 0.0f;
+            vs[1] = first + g + 8 < tokens ? scales[kTokens + g + 8] : 0.0f;
+            v_top = fmaxf(over_rows_max(fmaxf(vs[0], vs[1])), kSmallestScale);
+            vs[0] = __fdividef(vs[0], v_top), vs[1] = __fdividef(vs[1], v_top);
+        }
+        u32 p[kTiles][2];
+        float shrink[kTiles][2];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                int token = first + g + c / 2 * 8;
+                s[n][c] = token < tokens && token >= from ? s[n][c] * (factor * ks[c / 2]) : kNone;
+            }
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float highest = fmaxf(top[n][h], over_rows_max(fmaxf(s[n][h], s[n][2 + h])));
+                shrink[n][h] = exp2f(top[n][h] - highest);
+                top[n][h] = highest;
+                s[n][h] = s[n][h] > kNone ? exp2f(s[n][h] - highest) : 0.0f;
+                s[n][2 + h] = s[n][2 + h] > kNone ? exp2f(s[n][2 + h] - highest) : 0.0f;
+                total[n][h] = total[n][h] * shrink[n][h] + s[n][h] + s[n][2 + h];
+            }
+            p[n][0] = transpose(pack_two<kKind>(s[n][0] * vs[0], s[n][1] * vs[0]));
+            p[n][1] = transpose(pack_two<kKind>(s[n][2] * vs[1], s[n][3] * vs[1]));
+        }
+        if constexpr (PER_TOKEN) {
+            float part[kSteps][kTiles][4] = {};
+            accumulate(part, stage + kSide, p, lane);
+#pragma unroll
+            for (int m = 0; m < kSteps; ++m)
+#pragma unroll
+                for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) o[m][n][c] = o[m][n][c] * shrink[n][c % 2] + part[m][n][c] * v_top;
+        } else {
+#pragma unroll
+            for (int m = 0; m < kSteps; ++m)
+#pragma unroll
+                for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) o[m][n][c] *= shrink[n][c % 2];
+            accumulate(o, stage + kSide, p, lane);
+        }
+    }
+    wait_for_copies<0>();
+    __syncthreads();  // the stages are free: the warps' results go there
+    float* exchange = (float*)memory;  // [warp][head][SIZE], then (maximum, total) of [warp][head]
+    float2* ends = (float2*)(exchange + kWarps * kTiles * 8 * kPad);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int place = warp * kTiles * 8 + n * 8 + 2 * t + h;
+            float all = over_rows_sum(total[n][h]);
+            if (g == 0) ends[place] = make_float2(top[n][h], all);
+#pragma unroll
+            for (int m = 0; m < kSteps; ++m) {
+                exchange[place * kPad + element_of(m, g, 0)] = o[m][n][h];
+                exchange[place * kPad + element_of(m, g, 1)] = o[m][n][2 + h];
+            }
+        }
+    __syncthreads();
+    float v_factor = kCodes && !PER_TOKEN ? v_scale[kv_head] : 1.0f;
+    for (int i = threadIdx.x; i < GROUP * SIZE; i += kWarps * 32) {
+        int head = i / SIZE, element = i % SIZE;
+        float highest = kNone, all = 0.0f, sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, ends[w * kTiles * 8 + head].x);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            int place = w * kTiles * 8 + head;
+            float share = exp2f(ends[place].x - highest);
+            all += share * ends[place].y;
+            sum += share * exchange[place * kPad + element];
+        }
+        sum *= v_factor;
+        if (splits == 1) {
+            store_one<IO>(out, row + i, all > 0.0f ? sum / all : 0.0f);
+        } else {
+            s64 place = ((s64(sequence) * splits + split) * kv_heads + kv_head) * GROUP + head;
+            sums[place * SIZE + element] = sum;
+            if (element == 0) parts[place] = make_float2(highest, all);
+        }
+    }
+}
