@@ -15,6 +15,7 @@ from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.tensors import cache_tensors, linear_tensors
 from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
 from quantbench.quantizers.finite import require_finite
+from quantbench.quantizers.kv_smooth import fold_into_keys
 from quantbench.quantizers.methods import METHODS
 from quantbench.quantizers.smooth import fold_into_inputs, fold_into_norm, fold_into_outputs, repeat_heads
 from quantbench.scales.arrays import F32, Array
@@ -22,6 +23,7 @@ from quantbench.scales.statistics import Statistics, scaled
 from quantbench.scales.table import ScaleTable
 from quantbench.vocabulary import LayerPlan, VariantPlan
 
+KEYS = "self_attn.k_proj"  # what it puts out is read by no linear, but by the queries
 STORAGE: dict[str, np.dtype[np.generic]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -81,6 +83,9 @@ def fold_block(layer: int, weights: Mapping[str, F32], table: ScaleTable, config
     """The block's weights behind its transforms: the same float function, other ranges."""
     folded = dict(weights)
     for source, factors in smoothing(layer, table).items():
+        if source == KEYS:
+            folded |= fold_into_keys(folded, factors, config.num_heads, config.head_dim)
+            continue
         weight, bias = folded[f"{source}.weight"], folded.get(f"{source}.bias")
         if weight.ndim == 1:
             folded[f"{source}.weight"] = fold_into_norm(weight, factors)
@@ -107,6 +112,9 @@ def tap_factors(layer: int, table: ScaleTable, config: ModelConfig) -> dict[str,
     """Tap -> f32[C] by which the block's transforms multiply it. Taps that no transform touches are absent."""
     result: dict[str, F32] = {}
     for source, factors in smoothing(layer, table).items():
+        if source == KEYS:
+            result["k"] = np.float32(1) / factors
+            continue
         tap = next(line.tap for line in LINEARS if line.source == source)
         result[tap] = np.float32(1) / input_factors(source, factors, config)
         if source == "self_attn.v_proj":
@@ -115,7 +123,7 @@ def tap_factors(layer: int, table: ScaleTable, config: ModelConfig) -> dict[str,
 
 
 def smoothing(layer: int, table: ScaleTable) -> dict[str, F32]:
-    """Source within the block (a norm, v_proj or up_proj) -> factors its output is divided by."""
+    """Source within the block (a norm, v_proj, up_proj, or k_proj: KEYS) -> factors its output is divided by."""
     prefix = block_prefix(layer) + "."
     return {
         e.name.removeprefix(prefix).removesuffix(".smooth"): e.scale

@@ -27,10 +27,11 @@ class Place:
 
 _SCALES = "its factors change the weights and ranges that later words decide on"
 ORDER: dict[str, Place] = {
-    "rotate": Place(0, "rotated", "weights", "it changes the model that every other word sees"),
+    "rotate": Place(0, "the model is rotated", "weights", "it changes the model that every other word sees"),
     "smooth": Place(2, "scaled", "inputs", _SCALES),
     "piecewise": Place(2, "scaled", "inputs", _SCALES),
     "awq": Place(2, "scaled", "weights", _SCALES),
+    "kv_smooth": Place(2, "the keys are smoothed", "cache", _SCALES),
     "clip": Place(3, "clipped", "weights", "it decides the ranges of the weights as they then are"),
 }
 _NEEDS: dict[str, tuple[str, Callable[[Mode], bool]]] = {
@@ -55,6 +56,11 @@ def transforms_used(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         yield from _idle(("modes", i, "transforms"), v.transforms or (), [v], recipe.rules)
 
 
+def acts_on(word: str, mode: Mode) -> bool:
+    """Whether a variant's plan holds the word: where weights stay float, only what is for the KV cache."""
+    return mode.weights not in FLOAT_DTYPES or (ORDER[word].needs == "cache" and mode.quantized)
+
+
 def _misplaced(path: Path, transforms: Sequence[Transform]) -> Iterator[tuple[Path, str]]:
     for i, transform in enumerate(transforms):
         place, before = ORDER[transform.name], list(enumerate(transforms))[:i]
@@ -68,9 +74,9 @@ def _misplaced(path: Path, transforms: Sequence[Transform]) -> Iterator[tuple[Pa
         again = {_named(path, j, t): shared for j, t in alike if (shared := _shared(t, transform)) is not None}
         if again:
             taps = list(dict.fromkeys(tap for shared in again.values() for tap in shared))
-            what = f"{', '.join(taps)} {'is' if len(taps) == 1 else 'are'}" if taps else "the model is"
+            what = f"{', '.join(taps)} {'is' if len(taps) == 1 else 'are'} " if taps else ""
             fix = "give the two different targets, or drop one" if taps else "drop one"
-            yield (*path, i, transform.name), f"{what} {place.kind} already by {', '.join(again)}; {fix}"
+            yield (*path, i, transform.name), f"{what}{place.kind} already by {', '.join(again)}; {fix}"
 
 
 def _shared(first: Transform, second: Transform) -> list[str] | None:

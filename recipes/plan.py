@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from quantbench.errors import RecipeError
 from quantbench.recipes.facts import ModelFacts, Shape
 from quantbench.recipes.forecast import Forecast, Machine, forecast
+from quantbench.recipes.order import acts_on
 from quantbench.recipes.rules import HEAD, Choice, decide, described, untied, unused_rules
 from quantbench.recipes.schema import Recipe, Variant
 from quantbench.recipes.source import Path
@@ -64,9 +65,7 @@ def _variant_plan(recipe: Recipe, variant: Variant, dtype: str, choices: Mapping
         dtype=dtype,
         cache=CachePlan(mode.cache, cache.granularity, cache.observer),
         layers={name: choice.plan for name, choice in choices.items()},
-        transforms=()
-        if mode.weights in FLOAT_DTYPES
-        else tuple(t.model_dump(mode="json", exclude_none=True) for t in transforms),
+        transforms=tuple(t.model_dump(mode="json", exclude_none=True) for t in transforms if acts_on(t.name, mode)),
     )
 
 

@@ -101,6 +101,14 @@ class Clip(Section):
     )
 
 
+class KvSmooth(Section):
+    """Smoothing of keys for a quantized cache: every channel of a KV head fills the head's one range."""
+
+    alpha: float = Field(
+        default=1.0, ge=0, le=1, description="1: all channels of a head get the same range; 0: K stays as it is."
+    )
+
+
 class Transform(Section):
     """One change of the float model before it is quantized. Exactly one key."""
 
@@ -109,6 +117,7 @@ class Transform(Section):
     rotate: Rotate | None = Field(default=None, description="Another basis for the same float model. Comes first.")
     piecewise: Piecewise | None = Field(default=None, description="Smoothing searched for clusters of channels.")
     awq: Awq | None = Field(default=None, description="AWQ's scale search, for weights.")
+    kv_smooth: KvSmooth | None = Field(default=None, description="Keys smoothed for a quantized KV cache.")
     clip: Clip | None = Field(default=None, description="AutoClip: weight ranges of least output error.")
 
     @model_validator(mode="before")

@@ -40,6 +40,7 @@ _TRANSFORMS = st.sampled_from(
         [{"smooth": {"alpha": 0.25}}],
         [{"smooth": {"targets": ["attn_in"]}}, {"smooth": {"targets": ["mlp_in"], "alpha": "search"}}],
         ["piecewise"],
+        ["rotate", {"awq": {"steps": 10}}, {"clip": {"hessian": "diagonal"}}],
     ]
 )
 _NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,9}", fullmatch=True).filter(lambda n: n.lower() not in MODES)
@@ -55,7 +56,7 @@ _RECIPES = st.fixed_dictionaries(
     optional={
         "modes": st.lists(st.sampled_from(sorted(MODES)) | _VARIANTS, min_size=1, max_size=4, unique_by=lambda m: (
             m if isinstance(m, str) else m["name"].lower()
-        )),
+        )).map(lambda modes: [*modes, {"name": "some-use-for-a-transform", "mode": "a8w8c8"}]),
         "calibration": words(
             data=st.text(), samples=st.integers(1, 10**9), packing=st.booleans(), chat_template=st.just("on"),
             spill_above=st.sampled_from(["3GiB", 0, "1.5MiB"]),

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from quantbench.recipes.load import load_recipe
-from quantbench.recipes.order import ORDER
+from quantbench.recipes.order import ORDER, acts_on
 from quantbench.recipes.transforms import Transform
+from quantbench.vocabulary import MODES
 
 Problems = Callable[..., tuple[str, ...]]
 
@@ -42,6 +43,12 @@ WRONG = {
         "recipe:3: transforms[0].smooth: smooth does nothing here: no mode of weight_only_int4, weight_only_int8c8 "
         "quantizes the inputs of linears. Drop it"
     ],
+    "modes: [a8w8, bf16]\ntransforms: [kv_smooth]": [
+        "recipe:3: transforms[0].kv_smooth: kv_smooth does nothing here: no mode of a8w8 quantizes the KV cache"
+    ],
+    "modes: [a8w8c8]\ntransforms: [kv_smooth, smooth, kv_smooth]": [
+        "recipe:3: transforms[2].kv_smooth: the keys are smoothed already by transforms[0] kv_smooth; drop one"
+    ],
     "modes:\n  - {mode: weight_only_int4, transforms: [piecewise]}\n  - a8w8": [
         "recipe:3: modes[0].transforms[0].piecewise: piecewise does nothing here: no mode of weight_only_int4 quantizes"
     ],
@@ -66,6 +73,7 @@ def test_what_makes_no_sense_is_told_with_its_place(text: str, problems_of: Prob
         "modes: [a8w8, weight_only_int4, fp32]\ntransforms: [smooth]",
         "modes: [weight_only_int4]\ntransforms: [smooth]\nrules: [{match: '*.down_proj', mode: a8w8}]",
         "modes: [bf16]\ntransforms: [smooth]",
+        "modes: [bf16c8, a8w8]\ntransforms: [kv_smooth, smooth]",
     ],
 )
 def test_what_makes_sense_is_not_refused(text: str) -> None:
@@ -74,3 +82,10 @@ def test_what_makes_sense_is_not_refused(text: str) -> None:
 
 def test_every_transform_has_a_place() -> None:
     assert set(ORDER) == set(Transform.model_fields)
+
+
+def test_a_float_variant_keeps_what_is_for_its_cache() -> None:
+    assert acts_on("kv_smooth", MODES["bf16c8"])
+    assert not acts_on("kv_smooth", MODES["bf16"])
+    assert not acts_on("smooth", MODES["bf16c8"])
+    assert acts_on("smooth", MODES["a8w8"])
