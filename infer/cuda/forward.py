@@ -74,7 +74,8 @@ def run_layers(
         qkv = linears(device, a, layer.qkv)
         device.section = "attention"
         q = rows.rope_write(device, qkv, batch, rope, held.qk_norms, eps, pages)
-        a = quantize(device, attention.attention(device, q, batch, pages, layer.window), layer.o.spec)
+        attend = attention.decode_quantized if batch.decode and layer.o.spec.format else _attend
+        a = attend(device, q, batch, pages, layer.window, layer.o.spec)
         device.section = "o"
         delta = linears(device, a, layer.o)
         device.section = "gate_up"
@@ -98,6 +99,12 @@ def logits_of(
     device.section = "head"
     a = rows.add_norm(device, x, delta, model.norm, model.model.config.norm_eps, head.spec)
     return linears(device, a, head, np.dtype(np.float32))
+
+
+def _attend(
+    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, spec: ActSpec
+) -> Activation:
+    return quantize(device, attention.attention(device, q, batch, cache, window), spec)
 
 
 def quantize(device: Device, x: DeviceArray, spec: ActSpec) -> Activation:

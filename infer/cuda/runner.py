@@ -38,7 +38,7 @@ from quantbench.infer.ops import PAGE
 
 F32 = npt.NDArray[np.float32]
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
-QUANTIZED, LOGITS = 1, 2  # bits of Device.bad: where a number that is not finite was met
+LOGITS = 2  # bit of Device.bad that stands for logits that are not finite; bit 1: what was to be quantized
 
 
 @dataclass(frozen=True)
@@ -158,17 +158,20 @@ class CudaRunner(Runner):
 
     def _where(self, rows: list[Rows]) -> str:
         """Runs a batch again, watching, to say where its numbers stop being finite."""
-        broken: list[int] = []
+        broken: list[tuple[int, str]] = []
+        self.device.fill(self.device.bad, 0)
 
         def watch(layer: int, x: DeviceArray, delta: DeviceArray) -> None:
             hidden = self.device.fetch(x) + self.device.fetch(delta).astype(np.float32)
-            if not np.isfinite(hidden).all():
-                broken.append(layer)
+            if self.device.fetch(self.device.bad)[0]:
+                broken.append((layer, "activation: what was to be quantized"))
+            elif not np.isfinite(hidden).all():
+                broken.append((layer, "its output"))
 
         run_layers(self.device, self.weights, self._batch(rows), self._tables, self.pages.layers, watch)
         self.device.fill(self.device.bad, 0)
-        name = block_prefix(broken[0]) if broken else "the final norm or lm_head"
-        return f"{name}: its output has a NaN or an infinity: a weight is damaged, run `quantbench lint` on the model"
+        name = f"{block_prefix(broken[0][0])}: {broken[0][1]}" if broken else "the final norm or lm_head: its output"
+        return f"{name} has a NaN or an infinity: a weight is damaged, run `quantbench lint` on the model"
 
     def _decode(self, work: list[Chunk], crowded: bool) -> list[tuple[Running, int]]:
         queued = self._queued

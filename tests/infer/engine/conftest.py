@@ -15,10 +15,12 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
+from quantbench.errors import DependencyError
 from quantbench.infer.checkpoint.source import EMBEDDING, LinearWeight, ModelSource, Quantization, open_model
 from quantbench.infer.engine import Engine
 from quantbench.infer.engine.convert import round_to_nearest
 from quantbench.infer.models import family_of, linear_names, model_tensors
+from quantbench.infer.ops import Ops, load_ops
 from quantbench.quantizers.formats import FORMATS
 from quantbench.vocabulary import CachePlan, LayerPlan
 
@@ -97,12 +99,23 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return path_of
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def load(request: pytest.FixtureRequest, model_path: Callable[[str], Path]) -> Callable[..., Engine]:
-    """`load(name, mode, **options)`: an engine; every test that asks for it runs on both columns of the op table."""
+@pytest.fixture(scope="session", params=["reference", "cpu", "cuda"])
+def column(request: pytest.FixtureRequest) -> str | Ops:
+    """Every column of the op table in turn; the GPU is opened once, or skipped with the reason where there is none."""
+    if request.param != "cuda":
+        return str(request.param)
+    try:
+        return load_ops("cuda")
+    except DependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def load(column: str | Ops, model_path: Callable[[str], Path]) -> Callable[..., Engine]:
+    """`load(name, mode, **options)`: an engine; every test that asks for it runs on all columns of the op table."""
 
     def engine_of(name: str, mode: str | None = None, **options: Any) -> Engine:
-        return Engine.load(str(model_path(name)), mode, **({"ops": request.param} | options))
+        return Engine.load(str(model_path(name)), mode, **({"ops": column} | options))
 
     return engine_of
 
