@@ -4,8 +4,9 @@
 
 Hidden states are committed last, so a run killed at any moment resumes at the block whose hidden states are the
 newest, redoes it, and ends with the same bytes. Variants made from the same float model share one stream of hidden
-states and one set of statistics: those that do not rotate one, those with equal rotations another. With `inputs:
-quantized` every quantized variant walks its own stream, in which block n sees what the quantized block n-1 puts out.
+states and one set of statistics: those that do not rotate one, those with equal rotations (or equal prefixes) another.
+With `inputs: quantized` every quantized variant walks its own stream, in which block n sees what the quantized block
+n-1 puts out.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from functools import partial
 from pathlib import Path
 
 from quantbench.calibrate.apply import apply_block
+from quantbench.calibrate.biases import with_biases
 from quantbench.calibrate.choose import Reobserve, choose_block, choose_head
 from quantbench.calibrate.collect import Collect, advance_block, collect_block
 from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.diagnosis import Diagnosis, merge_files
 from quantbench.calibrate.forward import BlockForward, Float
 from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.prefix import Search, folded, of_model, prefix_for
 from quantbench.calibrate.rotated import Turn, first_hidden, model_of, rotation_table
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
 from quantbench.calibrate.transforms import Block, Sample, hessian_taps
 from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.checkpoint.write import CheckpointWriter
 from quantbench.infer.models import LINEARS, block_prefix
@@ -78,13 +82,14 @@ class Looks:
 
 
 def streams(job: BlockJob) -> list[Stream]:
-    """One stream for every float model, and, with quantized inputs, one for each variant that quantizes linears."""
+    """One stream for every float model and prefix; with quantized inputs, one for each quantized variant."""
     own = [v for v in job.variants.values() if job.quantized_inputs and any(p.quantized for p in v.layers.values())]
-    shared: dict[Turn | None, list[VariantPlan]] = {}
+    plain = (None, "off")
+    shared: dict[tuple[Turn | None, str | tuple[int, ...]], list[VariantPlan]] = {}
     for variant in job.variants.values():
         if variant not in own:
-            shared.setdefault(Turn.of(variant), []).append(variant)
-    models = [(vs[0].name if turn else "", tuple(vs), False) for turn, vs in shared.items()]
+            shared.setdefault((Turn.of(variant), variant.prefix), []).append(variant)
+    models = [("" if made == plain else vs[0].name, tuple(vs), False) for made, vs in shared.items()]
     models += [(v.name, (v,), True) for v in own]
     return [Stream(name, vs, model_of(job.source, vs[0]), quantized) for name, vs, quantized in models]
 
@@ -99,6 +104,8 @@ def quantize_blocks(job: BlockJob, tick: Tick) -> None:
 
 def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
     """Observe block by block, from the newest committed hidden states on; yields every block as it is done."""
+    prefix = prefix_of(job, stream.variants[0], stream.model)
+    job = replace(job, forward=job.forward.behind(prefix))
     hidden = start_or_resume(job, stream)
     link_statistics(job, stream)
     yield from range(hidden.layer)
@@ -111,7 +118,7 @@ def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
             partial(observe_again, job, options, layer, weights, hidden), TapSample(job.forward, layer, weights, hidden)
         )
         decide_and_write(job, writers, layer, weights, seen, looks)
-        hidden = hand_on(job, writers[stream.name], layer, hidden) if stream.quantized else after
+        hidden = hand_on(job, writers[stream.name], prefix, hidden) if stream.quantized else after
         hidden.commit()
         yield layer
 
@@ -188,10 +195,21 @@ def decide_and_write(
         diagnosis.save(table_folder(job, variant, layer))
 
 
-def hand_on(job: BlockJob, writer: CheckpointWriter, layer: int, hidden: HiddenStates) -> HiddenStates:
+def hand_on(job: BlockJob, writer: CheckpointWriter, prefix: Prefix | None, hidden: HiddenStates) -> HiddenStates:
     """The hidden states that the quantized block puts out, by simulation with the block just written."""
-    weights, fake = quantized_block(writer.partial_source(), layer)
-    return advance_block(job.forward, layer, weights, hidden, replace=fake)
+    weights, fake = quantized_block(writer.partial_source(), hidden.layer)
+    table = ScaleTable.load(table_folder(job, writer.variant, hidden.layer))
+    forward = job.forward.behind(folded(prefix, table, job.source.config))
+    return advance_block(forward, hidden.layer, weights, hidden, replace=fake)
+
+
+def prefix_of(job: BlockJob, variant: VariantPlan, model: ModelSource) -> Prefix | None:
+    """The prefix that a variant asks for, as its float model has it: found on first use, then kept in the run folder.
+
+    Raises CalibrationError where it would be of no use.
+    """
+    search = Search(job.forward.behind(None), job.source, job.tokens)
+    return of_model(prefix_for(job.folder, search, variant.prefix), model)
 
 
 def what_to_observe(job: BlockJob, stream: Stream) -> Collect:
@@ -216,7 +234,9 @@ def finish_checkpoints(job: BlockJob, tick: Tick) -> None:
             merge_files((table_folder(job, variant, i) for i in range(job.source.config.num_layers)), folder)
             config = job.source.config
             write_seed_tables(folder, table, config.family, config.num_heads // config.num_kv_heads)
-            CheckpointWriter(checkpoint_path(job.folder, variant.name), model, variant).finish(table)
+            prefix = folded(prefix_of(job, variant, model), table, config)
+            written = with_biases(model, variant)
+            CheckpointWriter(checkpoint_path(job.folder, variant.name), written, variant).finish(table, prefix)
         tick(variant.name)
     shutil.rmtree(job.folder / "work" / "hidden", ignore_errors=True)
 
@@ -234,7 +254,7 @@ def head_table(model: ModelSource, variant: VariantPlan) -> ScaleTable:
 
 def writers_of(job: BlockJob, stream: Stream) -> dict[str, CheckpointWriter]:
     paths = {v.name: checkpoint_path(job.folder, v.name) for v in stream.variants}
-    return {v.name: CheckpointWriter(paths[v.name], stream.model, v) for v in stream.variants}
+    return {v.name: CheckpointWriter(paths[v.name], with_biases(stream.model, v), v) for v in stream.variants}
 
 
 def checkpoint_path(folder: Path, variant: str) -> Path:

@@ -142,7 +142,8 @@ def _seconds(
     quantized = [v for v in variants.values() if v.mode.quantized]
     own_inputs = recipe.calibration.inputs == "quantized"
     own_pass = sum(own_inputs or any(word != "rotate" for t in v.transforms for word in t) for v in quantized)
-    models = len({str(next((t for t in v.transforms if "rotate" in t), "")) for v in variants.values()})
+    turns = {name: str(next((t for t in v.transforms if "rotate" in t), "")) for name, v in variants.items()}
+    models = len({(turns[name], v.prefix) for name, v in variants.items()})
     calibrated = recipe.calibration.samples * recipe.calibration.length
     blocks, whole = _elements(layers, head=False), _elements(layers, head=True)
     tested = len({recipe.accuracy.baseline, *variants})

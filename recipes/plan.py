@@ -41,6 +41,9 @@ def make_plan(recipe: Recipe, layers: Mapping[str, Shape], facts: ModelFacts, ma
         choices = {name: decide(recipe, variant, name, dtype) for name in layers}
         chosen |= {c.index for c in choices.values() if c.index is not None}
         problems.extend(_impossible(("modes", i), variant, choices, layers, facts))
+        if outside := [t for t in recipe.variant_prefix(variant) if isinstance(t, int) and t >= facts.vocab_size]:
+            at: Path = ("prefix",) if variant.prefix is None else ("modes", i, "prefix")
+            problems.append((at, f"{outside} are outside the vocabulary of {facts.vocab_size}"))
         variants[variant.name] = _variant_plan(recipe, variant, dtype, choices)
     problems.extend(unused_rules(recipe, layers, chosen))
     if problems:
@@ -66,6 +69,7 @@ def _variant_plan(recipe: Recipe, variant: Variant, dtype: str, choices: Mapping
         cache=CachePlan(mode.cache, cache.granularity, cache.observer),
         layers={name: choice.plan for name, choice in choices.items()},
         transforms=tuple(t.model_dump(mode="json", exclude_none=True) for t in transforms if acts_on(t.name, mode)),
+        prefix=recipe.variant_prefix(variant),
     )
 
 

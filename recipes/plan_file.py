@@ -43,6 +43,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "dtype": v.dtype,
                 "cache": asdict(v.cache),
                 "transforms": [dict(t) for t in v.transforms],
+                "prefix": v.prefix,
                 "layers": {layer: asdict(p) for layer, p in v.layers.items()},
             }
             for name, v in plan.variants.items()
@@ -68,7 +69,11 @@ def load_plan(path: Path) -> Plan:
 
 def _variant(name: str, v: dict[str, Any]) -> VariantPlan:
     layers = {layer: _layer(p) for layer, p in v["layers"].items()}
-    return VariantPlan(name, parse_mode(v["mode"]), v["dtype"], CachePlan(**v["cache"]), layers, tuple(v["transforms"]))
+    prefix = v.get("prefix", "off")  # plans before it was a word have none
+    return VariantPlan(
+        name, parse_mode(v["mode"]), v["dtype"], CachePlan(**v["cache"]), layers, tuple(v["transforms"]),
+        prefix if isinstance(prefix, str) else tuple(prefix),
+    )  # fmt: skip
 
 
 def _layer(fields: dict[str, Any]) -> LayerPlan:
@@ -88,7 +93,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for v in plan.variants.values():
         transforms = ", ".join(_transform(t) for t in v.transforms) or "none"
         mode = v.name if v.name == v.mode.name else f"{v.name} ({v.mode.name})"
-        title = f"{mode}: floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}"
+        prefix = "" if v.prefix == "off" else f", prefix {v.prefix if isinstance(v.prefix, str) else list(v.prefix)}"
+        title = f"{mode}: floats {v.dtype}, KV cache {v.cache.format}, transforms {transforms}{prefix}"
         lines = box.SIMPLE_HEAD if console.is_terminal else None  # no line drawing where a program or a log reads
         columns = ("layers", "count", "weights", "inputs", "method", "decided by")
         table = Table(*columns, title=title, title_justify="left", title_style="bold", box=lines, pad_edge=False)

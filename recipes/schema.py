@@ -24,7 +24,7 @@ from quantbench.recipes.sections import (
 )
 from quantbench.recipes.source import Source
 from quantbench.recipes.transforms import Method, Rtn, Transform
-from quantbench.recipes.values import Off, Rows, Shown, Words
+from quantbench.recipes.values import Off, Prefix, Rows, Shown, Words
 from quantbench.vocabulary import FLOAT_DTYPES, MODES
 
 S = TypeVar("S", bound=Section)
@@ -65,6 +65,7 @@ class Variant(Section):
     cache_kv: CacheKVPatch | None = Field(default=None, description="Changes to `cache_kv` for this variant.")
     transforms: Rows[Transform] | None = Field(default=None, description="Replaces `transforms` for this variant.")
     method: Method | None = Field(default=None, description="Replaces `method` for this variant.")
+    prefix: Prefix | None = Field(default=None, description="Replaces `prefix` for this variant.")
 
     @model_validator(mode="before")
     @classmethod
@@ -120,6 +121,10 @@ class Recipe(Section):
     method: Method = Field(
         default=Method(rtn=Rtn()), description="How codes are found under their scales: `rtn` unless it says otherwise."
     )
+    prefix: Prefix = Field(
+        default="off",
+        description="Tokens whose float keys and values stand in front of every sequence, so that no input is giant.",
+    )
     rules: Rows[Rule] = Field(default=(), description="Decisions per layer; the first match wins.")
     accuracy: Accuracy = Field(default=Accuracy(), description="What is measured.")
     throughput: Off[Throughput] = Field(default=Throughput(), description="What is timed, or off.")
@@ -163,6 +168,12 @@ class Recipe(Section):
 
     def variant_cache(self, variant: Variant) -> CacheKV:
         return merged(self.cache_kv, variant.cache_kv)
+
+    def variant_prefix(self, variant: Variant) -> str | tuple[int, ...]:
+        """The recipe's word is for variants that quantize weights; a variant's own is for any."""
+        if variant.prefix is not None:
+            return variant.prefix
+        return "off" if MODES[variant.mode].weights in FLOAT_DTYPES else self.prefix
 
     def gate_limits(self) -> dict[str, dict[str, float]]:
         """Variant -> {gate: limit}. Gates without a variant's name hold for every quantized variant."""

@@ -91,6 +91,16 @@ def _percentile(text: str) -> float:
     return number
 
 
+def prefix(value: Any) -> Any:
+    """ "auto", "off" (or false), or a list of token ids as a tuple."""
+    if value is False or value in ("auto", "off"):
+        return value or "off"
+    ids = value if isinstance(value, (list, tuple)) else ()
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"expected auto, off, or a list of token ids such as [1, 198], got {value!r}")
+    return tuple(ids)
+
+
 def _none_for(word: str) -> Callable[[Any], Any]:
     return lambda value: None if value is False or value == word else value
 
@@ -108,6 +118,7 @@ Off = Annotated[T | None, BeforeValidator(_none_for("off")), WrapSerializer(_wor
 Auto = Annotated[T | None, BeforeValidator(_none_for("auto")), WrapSerializer(_word_for_none("auto"))]
 Fraction = Annotated[float, BeforeValidator(fraction), Shown("a number or a percentage")]
 Bytes = Annotated[int, BeforeValidator(byte_count), Shown("bytes, or 512MiB, 1GiB …")]
+Prefix = Annotated[str | tuple[int, ...], BeforeValidator(prefix), Shown("auto, off, or a list of token ids")]
 Observer = Annotated[
     str, BeforeValidator(observer), Shown(f"{listed(OBSERVERS)}, {{percentile: 99.99}}, paddleslim:<name>")
 ]

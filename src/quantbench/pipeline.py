@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantbench.calibrate.biases import require_biases
 from quantbench.calibrate.blocks import BlockJob, checkpoint_path, finish_checkpoints, quantize_blocks, streams
 from quantbench.calibrate.data import TokenBatches, load_tokens
 from quantbench.calibrate.rotated import require_rotatable
@@ -34,7 +35,7 @@ from quantbench.validation import GATES_FILE, MEASUREMENTS, judge, validate
 _M_MMAP_THRESHOLD = -3  # malloc.h
 # What `--from STAGE` deletes before it resumes, stage by stage; a later stage's products go too.
 PRODUCTS: dict[str, tuple[str, ...]] = {
-    "collect": ("statistics",),
+    "collect": ("statistics", "prefix"),
     "choose": ("work", "scales", "checkpoint"),
     "validate": (*MEASUREMENTS, GATES_FILE),
     "report": ("report.json", "report.html"),
@@ -96,6 +97,7 @@ def load(recipe: str, options: Options) -> Run:
     layers = {name: shapes[name.split(".", 3)[-1]] for name in linear_names(source.config)}
     plan = make_plan(asked, layers, facts_of(source))
     require_rotatable(source.config, plan.variants.values())
+    require_biases(source.config, plan.variants.values())
     return Run(asked, source, plan, Path(asked.output))
 
 

@@ -113,3 +113,4 @@ class VariantPlan:
     cache: CachePlan
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     transforms: tuple[dict[str, Any], ...] = ()  # e.g. ({"smooth": {"alpha": 0.5}},), in recipe order
+    prefix: str | tuple[int, ...] = "off"  # "auto", or the ids of tokens that stand in front of every sequence

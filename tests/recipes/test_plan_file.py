@@ -38,7 +38,7 @@ def test_a_plan_comes_back_from_its_file(plan: Plan, tmp_path: Path) -> None:
 def test_the_file_has_the_keys_that_others_read(plan: Plan) -> None:
     content = plan_json(plan)
     assert content["model"] == "tiny"
-    assert set(content["variants"]["w4"]) == {"mode", "dtype", "cache", "transforms", "layers"}
+    assert set(content["variants"]["w4"]) == {"mode", "dtype", "cache", "transforms", "prefix", "layers"}
     assert content["variants"]["a8w8c8"]["mode"] == "a8w8c8"
     assert content["variants"]["a8w8c8"]["layers"]["model.layers.1.mlp.down_proj"]["dynamic"] is True
     assert {"memory_bytes", "disk_bytes", "seconds", "checkpoint_bytes"} <= set(content["forecast"])
