@@ -2,6 +2,7 @@
 
     stream   few tokens: weights straight from memory into tensor-core registers; every kind
     tile     many tokens, inputs and weights of one kind (int8, e4m3, bf16)
+    wgmma    the same on Hopper, few and many tokens (hopper.py)
     blas     cuBLASLt, where it is installed: bf16 and e4m3, many tokens
     plain    everything else: any kinds, any shape, slow
 
@@ -16,17 +17,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quantbench.infer.cuda import blas, rows
+from quantbench.infer.cuda import blas, hopper, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
-from quantbench.infer.cuda.kinds import BF16, DTYPES, E4M3, F16, F32, INT4, INT8, kind_of
+from quantbench.infer.cuda.kinds import BF16, CODES, DTYPES, E4M3, F16, F32, INT4, INT8, kind_of
 from quantbench.infer.cuda.weight import DeviceWeight
 from quantbench.infer.ops.pack import INT8_DOT, Part
-from quantbench.infer.ops.types import Activation, Array
+from quantbench.infer.ops.types import Activation, ActSpec, Array
 
 INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
+WGMMA_TOKENS = 8  # above it warpgroup products beat streaming on Hopper
 WIDE_TOKENS = 128  # above it a quantized weight with float inputs is widened to bf16 first
 
 
@@ -98,12 +100,50 @@ def linear(device: Device, a: Activation, w: DeviceWeight, out: DeviceArray, col
     """Columns column.. of out[T, ...] = a @ w.T + bias. int8 codes times int8 weights accumulate exactly."""
     codes = a.codes is not None and (a.values is None or w.activations is not None)
     x: Any = a.codes if codes else a.values
-    one = Linear(kind_of(x.dtype), _base(w.kind), len(x), w.columns, _group(w), w.zero is not None)
+    one = _linear(kind_of(x.dtype), len(x), w)
+    name = "blas" if _in_library(device, x, w, out) else kernel_for(device, one, w, out, column)
+    KERNELS[name](device, one, x, a.scale if codes else None, w, out, column)
+
+
+def linear_swiglu(device: Device, a: Activation, w: DeviceWeight, spec: ActSpec) -> Activation:
+    """silu(gate) * up of the rows of w (gate, then up), quantized as `spec` says. For what `fuses_swiglu` allows."""
+    codes = a.codes is not None
+    x: Any = a.codes if codes else a.values
+    one, scale = _linear(kind_of(x.dtype), len(x), w), a.scale if codes else None
+    static = spec.format is not None and spec.scale is not None
+    dtype = DTYPES[CODES[spec.format]] if static and spec.format else device.dtype
+    out = device.empty((one.tokens, w.rows // 2), dtype)
+    out_scale = float(spec.scale) if spec.scale is not None else 1.0
+    written = device.empty((1,), DTYPES[F32]) if static else None
+    if kernel_for(device, one, w, out, 0) == "wgmma":
+        hopper.linear(device, x, scale, w, out, gated=True, out_scale=out_scale, written=written)
+    else:
+        _stream(device, one, x, scale, w, out, 0, gated=True, out_scale=out_scale, written=written)
+    if not static:
+        return rows.quantize(device, out, spec)
+    return Activation(None, out, written, spec.format)  # type: ignore[arg-type]
+
+
+def fuses_swiglu(device: Device, w: DeviceWeight, tokens: int, spec: ActSpec) -> bool:
+    """Whether `linear_swiglu` takes this weight: bfloat16 between operations, and not so many tokens that a library's
+    product and a kernel of its own are faster."""
+    x = kind_of(device.dtype) if w.activations is None else CODES[w.activations]
+    if device.dtype == np.float32 or spec.keep_float or w.rows % 16 or (x == BF16 and tokens > STREAM_TOKENS):
+        return False
+    one = _linear(x, tokens, w)
+    if _only_plain(one, w.kind == INT8_DOT) or (x == E4M3 and tokens > WIDE_TOKENS):
+        return False
+    return tokens <= STREAM_TOKENS or (device.hopper and one.w == x)
+
+
+def kernel_for(device: Device, one: Linear, w: DeviceWeight, out: DeviceArray, column: int) -> str:
+    """`choose`, and on Hopper its own kernel where that takes the shape."""
     same = device.dtype == np.float32
-    whole = w.bias is None and w.rows == out.shape[1] and not same
-    library = whole and blas.wins(device, x, w.codes, out)
-    run = KERNELS["blas" if library else choose(one, w.kind == INT8_DOT, same)]
-    run(device, one, x, a.scale if codes else None, w, out, column)
+    name = choose(one, w.kind == INT8_DOT, same)
+    alike = one.x == one.w and one.tokens > WGMMA_TOKENS and not (same and one.x != INT8)
+    if name in ("stream", "tile") and alike and hopper.takes(device, w, out, column):
+        return "wgmma"
+    return name
 
 
 def choose(one: Linear, exact: bool, same: bool) -> str:
@@ -132,17 +172,27 @@ def _only_plain(one: Linear, exact: bool) -> bool:
 
 
 def _stream(
-    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+    device: Device,
+    one: Linear,
+    x: DeviceArray,
+    scale: Any,
+    w: DeviceWeight,
+    out: DeviceArray,
+    column: int,
+    *,
+    gated: bool = False,
+    out_scale: float = 1.0,
+    written: DeviceArray | None = None,
 ) -> None:
     tiles = next(n for n in (1, 2, 4, 8) if n * 8 >= one.tokens or n == 8)
     kernel = device.kernel(
         "stream.cu", "linear_stream", X=one.x, W=one.w, OUT=kind_of(out.dtype), TILES=tiles, GROUP=one.group,
-        ASYM=int(one.zero), GATED=0,
+        ASYM=int(one.zero), GATED=int(gated),
     )  # fmt: skip
     grid = min(-(-w.rows // 16), 2 * device.multiprocessors), -(-one.tokens // (8 * tiles))
     device.launch(
         kernel, grid, 256, x, scale, _step(scale), w.codes, w.scale, w.zero, w.bias, out, np.int64(out.shape[1]),
-        column, one.tokens, w.rows, w.columns, np.int64(w.codes.nbytes // w.rows), 1.0,
+        column, one.tokens, w.rows, w.columns, np.int64(w.codes.nbytes // w.rows), out_scale, written,
     )  # fmt: skip
 
 
@@ -182,7 +232,7 @@ def _widen(
     device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
 ) -> None:
     wide = widened(device, w)
-    if w.bias is None and w.rows == out.shape[1] and blas.wins(device, x, wide.codes, out):
+    if _in_library(device, x, wide, out):
         _blas(device, one, x, None, wide, out, column)
         return
     _tile(device, Linear(one.x, BF16, one.tokens, one.columns, 0, False), x, None, wide, out, column)
@@ -214,7 +264,22 @@ def _blas(
     library.matmul(x, w.codes, out, (w.scale, scale))
 
 
-KERNELS = {"blas": _blas, "stream": _stream, "tile": _tile, "plain": _plain, "widen": _widen}
+def _wgmma(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    hopper.linear(device, x, scale, w, out, column)
+
+
+KERNELS = {"blas": _blas, "wgmma": _wgmma, "stream": _stream, "tile": _tile, "plain": _plain, "widen": _widen}
+
+
+def _in_library(device: Device, x: DeviceArray, w: DeviceWeight, out: DeviceArray) -> bool:
+    whole = w.bias is None and w.rows == out.shape[1] and device.dtype != np.float32
+    return whole and blas.wins(device, x, w.codes, out)
+
+
+def _linear(x: int, tokens: int, w: DeviceWeight) -> Linear:
+    return Linear(x, _base(w.kind), tokens, w.columns, _group(w), w.zero is not None)
 
 
 def _base(kind: int) -> int:

@@ -197,7 +197,7 @@ DEVICE void store_tile(const Linear& l, int tile, int first_token, const sum_t* 
 KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 ? 2 : 1)
     linear_stream(const void* x, const float* x_scale, int x_step, const u8* w, const float* w_scale, const int* w_zero,
                   const float* bias, void* out, s64 out_stride, int out_column, int tokens, int rows, int columns,
-                  s64 row_bytes, float out_scale) {
+                  s64 row_bytes, float out_scale, float* scale_written) {
     __shared__ sum_t exchange[kWarps * 8 * TILES * kPad];
     Linear l{x, x_scale, x_step, w, w_scale, w_zero, bias, out, out_stride, out_column, tokens, rows, columns, row_bytes, out_scale};
     let_successor_start();
@@ -210,6 +210,7 @@ KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 ? 2 : 1)
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) next[d] = load_weights(l, blockIdx.x, begin + d, end, lane);
     wait_for_predecessor();
+    if (scale_written && blockIdx.x + blockIdx.y + threadIdx.x == 0) *scale_written = out_scale;
     for (int m = 0; m < mine; ++m) {
         int tile = blockIdx.x + m * gridDim.x;
         sum_t sum[TILES][4] = {};
