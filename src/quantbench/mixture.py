@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from quantbench.infer.checkpoint.quantized import linear_shape
 from quantbench.pipeline import Options, Run, facts_of, load
 from quantbench.recipes.facts import Shape
 from quantbench.recipes.forecast import checkpoint_bytes, layer_bytes, rotates
+from quantbench.recipes.order import ORDER
 from quantbench.recipes.rules import first_match
 from quantbench.recipes.schema import Recipe
 from quantbench.recipes.sections import Section
@@ -38,6 +39,7 @@ _GLOBS = {
     "down": "mlp.down_proj",
 }
 Words = dict[str, Any]  # of a rule, without `match`
+Losses = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,28 @@ class Mixture:
         """Bytes of the checkpoint with every linear float."""
         return self.fixed_bytes + sum(map(self.float_bytes, self.groups))
 
-    def options(self, losses: Mapping[str, Mapping[str, float]]) -> dict[str, list[Option]]:
-        """Group -> one option per candidate. `losses`: variant -> group -> loss; a group that is absent costs none."""
+    def options(self, losses: Losses, cost: Callable[[str, Group], int] | None = None) -> dict[str, list[Option]]:
+        """Group -> one option per candidate. `losses`: variant -> group -> loss; a group that is absent loses nothing.
+        `cost` of a candidate's group: its bytes unless told otherwise."""
+        cost = cost or self.bytes_of
         return {
-            g.name: [Option(v, self.bytes_of(v, g), losses.get(v, {}).get(g.name, 0.0)) for v in self.variants]
+            g.name: [Option(v, cost(v, g), losses.get(v, {}).get(g.name, 0.0)) for v in self.variants]
             for g in self.groups
         }
+
+    def bytes_with(self, selection: Selection) -> int:
+        """Bytes of the checkpoint that a selection makes."""
+        return self.fixed_bytes + sum(self.bytes_of(selection.labels[g.name], g) for g in self.groups)
+
+    def treated_alike(self, a: str, b: str, group: Group) -> bool:
+        """Whether two candidates hold a group in the same formats, whatever its codes."""
+        return [_treatment(self.plan(a, n)) for n in group.linears] == [
+            _treatment(self.plan(b, n)) for n in group.linears
+        ]
+
+
+def _treatment(plan: LayerPlan) -> tuple[object, ...]:
+    return (plan.weights, plan.granularity, plan.group_size, plan.symmetric, plan.activations, plan.dynamic)
 
 
 def open_run(folder: Path) -> Run:
@@ -138,15 +156,16 @@ def saved_bytes(run: Run, variant: str, group: str) -> int:
     return mixture.float_bytes(found) - mixture.bytes_of(variant, found)
 
 
-def open_mixture(folder: Path, names: Sequence[str] = ()) -> Mixture:
-    """A run with its candidates: the named variants, or else its float and weight-only ones (quantized inputs save no
-    bytes). Raises RecipeError with all reasons why they cannot be mixed in one checkpoint."""
+def open_mixture(folder: Path, names: Sequence[str] = (), inputs: bool = False) -> Mixture:
+    """A run with its candidates: the named variants, or else its float and weight-only ones, and with `inputs` those of
+    quantized inputs too (they save time, but no bytes). Raises RecipeError with all reasons why they cannot be mixed in
+    one checkpoint."""
     run = open_run(folder)
     quantized_variants(run, names)
     plain = [
         v
         for v in run.plan.variants.values()
-        if v.mode.activations is None and not v.cache.quantized and v.mode.weights != "float32"
+        if (inputs or v.mode.activations is None) and not v.cache.quantized and v.mode.weights != "float32"
     ]
     chosen = [run.plan.variants[n] for n in dict.fromkeys(names)] or plain
     if problems := _unmixable(chosen):
@@ -187,12 +206,20 @@ def mixed_recipe(mixture: Mixture, selection: Selection, comment: str) -> str:
     transforms = recipe.transforms if first.transforms is None else first.transforms
     words |= {
         "modes": [{"name": NAME, "mode": mode}],
-        "transforms": [t.model_dump(mode="json", exclude_none=True) for t in transforms],
+        "transforms": [
+            t.model_dump(mode="json", exclude_none=True) for t in transforms if _used(t.name, {mode, *chosen})
+        ],
         "dtype": mixture.dtype,
         "rules": rules,
     }
     header = "".join(f"# {line}\n" for line in comment.splitlines())
     return header + yaml.dump(json.loads(json.dumps(words)), Dumper=Dumper, sort_keys=False)  # copies, no YAML aliases
+
+
+def _used(word: str, modes: Collection[str]) -> bool:
+    """Whether a transform has something to do in one of these modes; a recipe is refused where it has not."""
+    needs = ORDER[word].needs
+    return needs == "weights" or (needs == "inputs" and any(MODES[m].activations for m in modes))
 
 
 def mixed_rules(mixture: Mixture, selection: Selection) -> list[Words]:
