@@ -11,16 +11,20 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from quantbench.calibrate.biases import WORD as CORRECTION
+from quantbench.calibrate.biases import held_biases
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.tensors import cache_tensors, linear_tensors
 from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
+from quantbench.quantizers.bias_correction import corrected_bias
 from quantbench.quantizers.finite import require_finite
 from quantbench.quantizers.kv_smooth import fold_into_keys
 from quantbench.quantizers.methods import METHODS
 from quantbench.quantizers.smooth import fold_into_inputs, fold_into_norm, fold_into_outputs, repeat_heads
+from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight
 from quantbench.scales.arrays import F32, Array
 from quantbench.scales.statistics import Statistics, scaled
-from quantbench.scales.table import ScaleTable
+from quantbench.scales.table import Entry, ScaleTable
 from quantbench.vocabulary import LayerPlan, VariantPlan
 
 KEYS = "self_attn.k_proj"  # what it puts out is read by no linear, but by the queries
@@ -50,25 +54,39 @@ def apply_block(
     seen = transformed(layer, statistics, table, config) if statistics else {}
     quantized = {f"{line.name}.weight": line for line in LINEARS if _plan(variant, prefix, line.name).quantized}
     result: dict[str, Array] = {}
+    for name, line in quantized.items():
+        codes = _codes(_plan(variant, prefix, line.name), folded[name], table, seen.get(line.tap))
+        if f"{prefix}.{line.tap}.{CORRECTION}" in table:
+            means = table[f"{prefix}.{line.tap}.{CORRECTION}"]
+            folded[f"{line.name}.bias"] = _corrected(folded, line.name, codes, means)
+        result |= _tensors(_plan(variant, prefix, line.name), codes, table)
+    for name in sorted(held_biases(config, variant)):
+        folded.setdefault(f"{name}.bias", np.zeros(len(folded[f"{name}.weight"]), np.float32))
     for name, value in folded.items():
-        if name in quantized:
-            line = quantized[name]
-            result |= _quantized(_plan(variant, prefix, line.name), value, table, seen.get(line.tap))
-        else:
+        if name not in quantized:
             result[f"{prefix}.{name}"] = _stored(f"{prefix}.{name}", value, variant.dtype)
     if variant.cache.quantized:
         result |= _cache_scales(prefix, table)
     return result
 
 
-def _quantized(plan: LayerPlan, w: F32, table: ScaleTable, seen: Statistics | None) -> dict[str, Array]:
-    """The checkpoint's tensors of one quantized linear, by full name."""
+def _codes(plan: LayerPlan, w: F32, table: ScaleTable, seen: Statistics | None) -> QuantizedWeight:
     method = METHODS[plan.method]
     if method.needs_hessian and (seen is None or seen.hessian is None):
         raise CalibrationError(f"{plan.name}: method {plan.method} needs the Hessian of its input: collect it")
+    return method.quantize(w, table[f"{plan.name}.weight"], seen, **dict(plan.options))
+
+
+def _corrected(folded: Mapping[str, F32], name: str, codes: QuantizedWeight, means: Entry) -> F32:
+    """The bias [N] of a linear that takes back the mean of what quantizing adds to its output."""
+    wide, served = means.absmax.astype(np.float64), means.scale.astype(np.float64)
+    return corrected_bias(folded[f"{name}.weight"], dequantize_weight(codes), wide, folded.get(f"{name}.bias"), served)
+
+
+def _tensors(plan: LayerPlan, codes: QuantizedWeight, table: ScaleTable) -> dict[str, Array]:
+    """The checkpoint's tensors of one quantized linear, by full name."""
     static = plan.activations is not None and not plan.dynamic
     input_scale = float(table[f"{plan.name}.input"].scale[0]) if static else None
-    codes = method.quantize(w, table[f"{plan.name}.weight"], seen, **dict(plan.options))
     parts = linear_tensors(plan, codes, input_scale)
     return {f"{plan.name}.{part}": value for part, value in parts.items()}
 

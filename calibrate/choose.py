@@ -47,10 +47,13 @@ def choose_block(
     """
     block = Block(layer, weights, statistics, variant, config, sample)
     table, before = ScaleTable(), ""
-    for name, options in (item for words in variant.transforms for item in words.items()):
+    words = [(name, options or {}) for word in variant.transforms for name, options in word.items()]
+    for name, options in words:
+        if TRANSFORMS[name].last:
+            continue
         if diagnosis:
             diagnosis(before, block, table)
-        for entry in TRANSFORMS[name].decide(block, table, options or {}):
+        for entry in TRANSFORMS[name].decide(block, table, options):
             table.add(entry)
         before = name
     seen = _observed(block, table, reobserve)
@@ -61,6 +64,10 @@ def choose_block(
         *_caches(block, seen),
     ):
         table.add(entry)
+    for name, options in words:
+        if TRANSFORMS[name].last:
+            for entry in TRANSFORMS[name].decide(block, table, options):
+                table.add(entry)
     if diagnosis:
         diagnosis(before, block, table, Behind(folded, seen))
     return table

@@ -15,6 +15,21 @@ from quantbench.quantizers.finite import require_finite
 from quantbench.scales.arrays import F32, F64
 from quantbench.scales.statistics import Statistics
 
+GIANT = 4.0
+
+
+def tempered_mean(x: F32, values: F32) -> F64:
+    """Mean of values [T, K] over tokens, float64 [K], in which the rows of giants count for less.
+
+    Rows of x [T, K] of more than 4 times the median norm weigh as the square of that limit over their norm, as they do
+    in the Hessian (calibrate/collect.py). A correction by the plain mean would serve the few attention-sink tokens,
+    whose inputs are hundreds of times the others', at the cost of every other token.
+    """
+    norms = np.sqrt(np.square(x, dtype=np.float64).sum(axis=1))
+    limit = GIANT * float(np.median(norms))
+    weights = np.square(np.minimum(1, limit / np.maximum(norms, limit))) if limit else np.ones(len(x))
+    return np.asarray(weights @ values.astype(np.float64) / weights.sum())
+
 
 def input_mean(statistics: Statistics) -> F64:
     """E[x] of every channel, float64 [K]."""

@@ -33,6 +33,7 @@ ORDER: dict[str, Place] = {
     "awq": Place(2, "scaled", "weights", _SCALES),
     "kv_smooth": Place(2, "the keys are smoothed", "cache", _SCALES),
     "clip": Place(3, "clipped", "weights", "it decides the ranges of the weights as they then are"),
+    "bias_correction": Place(4, "outputs are corrected", "weights", "it takes back what all others leave"),
 }
 _NEEDS: dict[str, tuple[str, Callable[[Mode], bool]]] = {
     "weights": ("quantizes weights", lambda m: m.weights not in FLOAT_DTYPES),

@@ -109,6 +109,16 @@ class KvSmooth(Section):
     )
 
 
+class BiasCorrection(Section):
+    """Bias correction (Nagel et al. 2019): the mean of what quantizing adds to an output is taken back by a bias."""
+
+    targets: Rows[Target] | None = Field(
+        default=None,
+        min_length=1,
+        description="Inputs whose linears are corrected. Default: all whose linears can hold a bias in this family.",
+    )
+
+
 class Transform(Section):
     """One change of the float model before it is quantized. Exactly one key."""
 
@@ -119,6 +129,7 @@ class Transform(Section):
     awq: Awq | None = Field(default=None, description="AWQ's scale search, for weights.")
     kv_smooth: KvSmooth | None = Field(default=None, description="Keys smoothed for a quantized KV cache.")
     clip: Clip | None = Field(default=None, description="AutoClip: weight ranges of least output error.")
+    bias_correction: BiasCorrection | None = Field(default=None, description="Mean errors taken back by biases. Last.")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,7 +143,7 @@ class Transform(Section):
     @property
     def targets(self) -> tuple[str, ...]:
         """The taps whose channels it scales; none for a rotation."""
-        return tuple(getattr(getattr(self, self.name), "targets", ()))
+        return tuple(getattr(getattr(self, self.name), "targets", None) or ())
 
 
 class Rtn(Section):

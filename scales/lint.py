@@ -51,9 +51,10 @@ def lint_table(
 
 def _numbers(entry: Entry) -> Iterator[Finding]:
     for label, values in (("scale", entry.scale), ("absmax", entry.absmax)):
-        bad = {"NaN": np.isnan(values), "infinite": np.isinf(values), "negative": values < 0}
-        if label == "scale":
-            bad["zero"] = values == 0
+        bad = {"NaN": np.isnan(values), "infinite": np.isinf(values)}
+        if entry.kind != "offset":
+            bad["negative"] = values < 0
+            bad |= {"zero": values == 0} if label == "scale" else {}
         for word, where in bad.items():
             if where.any():
                 first = tuple(int(i) for i in np.argwhere(where)[0])

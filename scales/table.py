@@ -23,7 +23,7 @@ from quantbench.errors import CheckpointError
 from quantbench.scales.arrays import F32, I32, Array
 
 DIVISORS = {"int8": 127.0, "int4": 7.5, "fp8_e4m3": 448.0}  # symmetric scale = absmax / divisor
-KINDS = ("weight", "input", "cache", "transform")
+KINDS = ("weight", "input", "cache", "transform", "offset")
 _TEXT = ("kind", "format", "granularity", "observer", "reason", "loss", "group_size")
 
 
@@ -36,6 +36,9 @@ class Entry:
     input       model.layers.0.self_attn.q_proj.input            tensor [1]; token [0] (dynamic: decided at run time)
     cache       model.layers.0.self_attn.k_cache, ….v_cache      head [KV]
     transform   model.layers.0.input_layernorm.smooth            channel [C]: the norm's output is divided by scale
+    offset      model.layers.0.self_attn.v_proj.shift            channel [C]: its output moves down by scale
+                model.layers.0.attn_in.bias_correction           channel [C]: absmax is the input's mean, scale that of
+                                                                 the quantized input. Offsets may be of any sign
     """
 
     name: str

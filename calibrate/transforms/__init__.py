@@ -4,7 +4,7 @@ Mathematics is in quantizers/; here is which input belongs to which linears, and
 transform sees the block behind those before it. apply.py folds what is decided. Importing this registers them all.
 """
 
-from quantbench.calibrate.transforms import awq, clip, kv_smooth, piecewise, rotate, smooth
+from quantbench.calibrate.transforms import awq, bias_correction, clip, kv_smooth, piecewise, rotate, smooth
 from quantbench.calibrate.transforms.block import TRANSFORMS, Block, Sample, Transform, hessian_taps
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Sample",
     "Transform",
     "awq",
+    "bias_correction",
     "clip",
     "hessian_taps",
     "kv_smooth",

@@ -54,12 +54,13 @@ class Transform:
     """What a recipe word decides: `decide(block, table so far, the word's options)` -> entries for the table.
 
     targets: the taps it works on unless the recipe says otherwise. needs_hessian: whether it asks for
-    the sum of x xT of an input, by the plan of a linear that reads it.
+    the sum of x xT of an input, by the plan of a linear that reads it. last: once all scales are decided.
     """
 
     decide: Callable[[Block, ScaleTable, Mapping[str, Any]], list[Entry]]
     targets: tuple[str, ...] = DEFAULT_TARGETS
     needs_hessian: Callable[[LayerPlan], bool] = lambda _: False
+    last: bool = False
 
 
 TRANSFORMS: Registry[Transform] = Registry("transform", RecipeError)

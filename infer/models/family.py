@@ -47,8 +47,11 @@ class Family:
     read_config: Callable[[dict[str, Any]], ModelConfig]
     gguf_arch: str | None = None
     gguf_interleaved_rope: bool = False  # llama.cpp stores this family's q and k rows pairwise interleaved
+    bias_switches: tuple[tuple[str, tuple[str, ...]], ...] = ()  # key of config.json -> the linears it gives a bias
 
 
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 FAMILIES: Registry[Family] = Registry("model family", ModelError)
 
 

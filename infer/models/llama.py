@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantbench.infer.models.config import ModelConfig
-from quantbench.infer.models.family import FAMILIES, Family
+from quantbench.infer.models.family import ATTENTION, FAMILIES, MLP, Family
 from quantbench.infer.models.read import common_config
 
 
@@ -15,5 +15,13 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 LLAMA = FAMILIES.add(
-    "llama", Family("llama", ("LlamaForCausalLM",), read_config, gguf_arch="llama", gguf_interleaved_rope=True)
+    "llama",
+    Family(
+        "llama",
+        ("LlamaForCausalLM",),
+        read_config,
+        gguf_arch="llama",
+        gguf_interleaved_rope=True,
+        bias_switches=(("attention_bias", ATTENTION), ("mlp_bias", MLP)),
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantbench.infer.models.config import ModelConfig
-from quantbench.infer.models.family import FAMILIES, Family
+from quantbench.infer.models.family import ATTENTION, FAMILIES, Family
 from quantbench.infer.models.qwen2 import windows
 from quantbench.infer.models.read import common_config
 
@@ -18,4 +18,13 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
-QWEN3 = FAMILIES.add("qwen3", Family("qwen3", ("Qwen3ForCausalLM",), read_config, gguf_arch="qwen3"))
+QWEN3 = FAMILIES.add(
+    "qwen3",
+    Family(
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        read_config,
+        gguf_arch="qwen3",
+        bias_switches=(("attention_bias", ATTENTION),),
+    ),
+)

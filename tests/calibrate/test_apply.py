@@ -136,7 +136,7 @@ def test_quantized_weights_are_near_the_float_ones() -> None:
 
 def test_an_absent_entry_is_named() -> None:
     w = weights()
-    with pytest.raises(CheckpointError, match=r"no entry 'model.layers.2.self_attn.q_proj.input'"):
+    with pytest.raises(CheckpointError, match=r"no entry 'model.layers.2.self_attn.q_proj.weight'"):
         apply_block(LAYER, w, ScaleTable(), variant("a8w8"), CONFIG)
 
 

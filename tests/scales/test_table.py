@@ -117,7 +117,7 @@ def test_every_inconsistency_is_listed_at_once(tmp_path: Path) -> None:
     assert said == [
         "b.weight: without reason",
         "a.weight: scale has shape [2, 1], scales.json says [3, 1]",
-        "b.input: kind 'bias' is not one of weight, input, cache, transform",
+        "b.input: kind 'bias' is not one of weight, input, cache, transform, offset",
         "c.weight: scales.safetensors has no c.weight.scale, c.weight.absmax",
     ]
 
