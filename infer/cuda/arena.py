@@ -29,6 +29,7 @@ class Arena:
     def __init__(self, slab: Callable[[int], int]) -> None:
         self._slab = slab
         self._free: list[tuple[int, int]] = []  # (address, size), by address
+        self._starts: set[int] = set()  # of slabs: neighbours by chance, which copies may not run across
         self.bytes = 0  # of all slabs
 
     def take(self, size: int) -> Block:
@@ -40,6 +41,7 @@ class Arena:
         fresh = max(SLAB, needed)
         pointer = self._slab(fresh)
         self.bytes += fresh
+        self._starts.add(pointer)
         self.give(pointer, fresh)
         return self.take(size)
 
@@ -50,5 +52,5 @@ class Arena:
             if 0 <= left < len(self._free) - 1:
                 start, room = self._free[left]
                 following, more = self._free[left + 1]
-                if start + room == following:
+                if start + room == following and following not in self._starts:
                     self._free[left : left + 2] = [(start, room + more)]

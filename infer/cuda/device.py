@@ -208,12 +208,12 @@ def _argument(value: Any) -> Any:
         return ctypes.c_uint64(value.pointer)
     if value is None:
         return ctypes.c_uint64(0)
+    if isinstance(value, np.generic):  # before float: a numpy float64 is one, and stays eight bytes
+        return np.asarray(value)
     if isinstance(value, int):
         return ctypes.c_int32(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
-    if isinstance(value, np.generic):
-        return np.asarray(value)
     return value
 
 

@@ -50,7 +50,7 @@ class Memory:
         self.stream = self._call(self.driver.cuStreamCreate, self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
-        self.name = bytes(self._call(self.driver.cuDeviceGetName, 100, self._device)).rstrip(b"\0").decode()
+        self.name = bytes(self._call(self.driver.cuDeviceGetName, 100, self._device)).split(b"\0")[0].decode().strip()
         self.capturing = False
         self._allocated: list[int] = []
         self._arena = Arena(self._slab)

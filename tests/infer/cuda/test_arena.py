@@ -58,6 +58,14 @@ def test_everything_given_back_is_one_room_again() -> None:
     assert arena.bytes == SLAB
 
 
+def test_slabs_that_happen_to_touch_stay_apart() -> None:
+    addresses = iter([SLAB, 2 * SLAB, 3 * SLAB])
+    arena = Arena(lambda size: next(addresses))
+    first, second = arena.take(SLAB), arena.take(SLAB)
+    del first, second
+    assert arena.take(2 * SLAB).pointer == 3 * SLAB
+
+
 def test_a_room_larger_than_a_slab_gets_a_slab_of_its_own() -> None:
     arena = Arena(Slabs())
     assert arena.take(3 * SLAB).size == 3 * SLAB

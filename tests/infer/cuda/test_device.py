@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quantbench.errors import DependencyError, RequestError
-from quantbench.infer.cuda.device import Device, architecture
+from quantbench.infer.cuda.device import Device, _argument, architecture
 from quantbench.infer.ops import load_ops
 
 
@@ -25,6 +25,14 @@ def test_a_gpu_too_old_is_refused() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(DependencyError, match=r"unknown activation dtype 'bfloat'\. Did you mean bfloat16"):
         Device("bfloat")
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [(1, 4), (1.5, 4), (np.float64(1.5), 8), (np.int64(3), 8), (np.float32(2), 4), (None, 8)]
+)
+def test_arguments_have_the_size_that_kernels_expect(value: object, size: int) -> None:
+    held = _argument(value)
+    assert (held.nbytes if isinstance(held, np.ndarray) else ctypes.sizeof(held)) == size
 
 
 def test_without_a_gpu_the_error_is_one_line() -> None:
