@@ -70,8 +70,7 @@ class _Batch:
         try:
             self.seen[tap] = observe(flat, self._block.rows(tap))
             if tap in options.hessian:
-                rows = tempered(flat)
-                self.seen[tap].hessian = _outer(rows, np.abs(rows).max(axis=0))
+                self.seen[tap].hessian = _outer(tempered(flat), self.seen[tap].absmax)
         except CalibrationError as error:
             raise CalibrationError(
                 *(f"{block_prefix(self._block.layer)} {tap}: {p}" for p in error.problems)
@@ -86,7 +85,7 @@ def tempered(x: Float) -> Float:
     An attention sink's down_proj input is a thousand times the others'. In a plain sum of x xT it alone would decide
     (its square error, and through the mean diagonal the damping), at the cost of every other token.
     """
-    norms = np.sqrt(np.square(x, dtype=np.float64).sum(axis=1))
+    norms = np.sqrt(np.einsum("tc,tc->t", x, x, dtype=np.float64))  # cast piece by piece: no float64 copy
     limit = _GIANT * float(np.median(norms))
     if limit == 0 or norms.max() <= limit:
         return x

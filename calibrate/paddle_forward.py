@@ -259,11 +259,11 @@ class PaddleForward:
         first = 0 if window is None else max(0, start - window + 1)
         k, v = k[:, :, first : start + n], v[:, :, first : start + n]
         scores = self._paddle.matmul(q.reshape([samples, heads, groups * n, d]), k, transpose_y=True)
-        scores = scores.reshape([samples, heads, groups, n, -1])
+        scores.reshape_([samples, heads, groups, n, -1])
         scores.add_(self._tensor(_mask(start, n, first, window)))  # in place: fresh pages cost as much as the sums
         self._paddle.nn.functional.softmax_(scores)
-        o = self._paddle.matmul(scores.reshape([samples, heads, groups * n, -1]), v)
-        return o.reshape([samples, heads, groups, n, d])
+        o = self._paddle.matmul(scores.reshape_([samples, heads, groups * n, -1]), v)
+        return o.reshape_([samples, heads, groups, n, d])
 
 
 def _mask(start: int, n: int, first: int, window: int | None) -> Float:

@@ -61,19 +61,20 @@ class Format:
 
         Division, not multiplication by a reciprocal: the two differ in the last bit and so in some codes.
         """
-        q = np.asarray(x, np.float32) / scale
+        q = np.asarray(np.asarray(x, np.float32) / scale)
         if self.integer:
-            q = np.rint(q)
+            np.rint(q, out=q)
         if zero is not None:
-            q = q + zero.astype(np.float32)
-        return np.clip(q, np.float32(self.qmin), np.float32(self.qmax)).astype(self.storage)
+            q = np.asarray(q + zero.astype(np.float32))
+        np.maximum(q, np.float32(self.qmin), out=q)
+        return np.minimum(q, np.float32(self.qmax), out=q).astype(self.storage)
 
     def decode(self, codes: Array, scale: F32, zero: I32 | None = None) -> F32:
         """(codes - zero) * scale in float32."""
         q = codes.astype(np.float32)
         if zero is not None:
-            q = q - zero.astype(np.float32)
-        return (q * scale).astype(np.float32)
+            q -= zero.astype(np.float32)
+        return np.asarray(q * scale, np.float32)
 
 
 FORMATS: Registry[Format] = Registry("format")
