@@ -38,7 +38,7 @@ def import_paddle() -> Any:
         # Paddle's MKL (2019) takes a slow path on AMD unless told that the CPU has AVX2: 39 -> 99 GFLOP/s per core.
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    # Transposed tensors as copies: a view is walked element by element by what reads it (a block took 1.2 times as long).
+    # Transposed tensors as copies: a view is walked element by element by what reads it (1.2 times a block's time).
     os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     threads = os.environ.get("OMP_NUM_THREADS")
     with quiet_import():
