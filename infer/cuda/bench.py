@@ -79,12 +79,18 @@ def bench_mode(
     engine = random_engine(load.config, mode, ops, max(load.batches), load.length, PROMPT_TOKENS)
     progress(f"{mode} prefill")
     row: dict[str, Any] = {"memory": engine.memory, "prefill": prefill(engine, load, ceilings), "decode": {}}
+    if load.profile:
+        row["prefill"]["profile_us"] = profile_prefill(engine, load)
     for batch in load.batches:
         progress(f"{mode} decode {batch}")
-        seconds = decode_step(engine, batch, load)
+        seconds, gpu_seconds = decode_step(engine, batch, load)
         context = load.context + load.output // 2
         found = achieved(engine, batch, context, seconds, ceilings)
-        row["decode"][str(batch)] = {"step_ms": seconds * 1e3, "tokens_per_s": batch / seconds} | found
+        row["decode"][str(batch)] = {
+            "step_ms": seconds * 1e3,
+            "graph_ms": gpu_seconds * 1e3,
+            "tokens_per_s": batch / seconds,
+        } | found
         if load.profile:
             row["decode"][str(batch)]["profile_us"] = profile(engine, batch, load)
     return row
@@ -139,8 +145,10 @@ def admit(engine: Engine, batch: int, load: CudaLoad) -> list[Running]:
     return admitted
 
 
-def decode_step(engine: Engine, batch: int, load: CudaLoad) -> float:
-    """Seconds of one decode step, the host's loop included."""
+def decode_step(engine: Engine, batch: int, load: CudaLoad) -> tuple[float, float]:
+    """Seconds of one decode step with the host's loop, and of its graph alone, replayed back to back."""
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
     times: list[float] = []
     while sum(times) < SUSTAINED_S:
         admitted = admit(engine, batch, load)
@@ -154,7 +162,8 @@ def decode_step(engine: Engine, batch: int, load: CudaLoad) -> float:
             start = now
         for sequence in admitted:
             engine.abort(sequence.number)
-    return float(np.mean(times[len(times) // 2 :]))
+    seconds = float(np.mean(times[len(times) // 2 :]))
+    return seconds, runner.graph_seconds(max(4, int(SUSTAINED_S / 4 / seconds)))
 
 
 def achieved(engine: Engine, batch: int, context: int, seconds: float, ceilings: dict[str, float]) -> dict[str, float]:
@@ -168,18 +177,37 @@ def achieved(engine: Engine, batch: int, context: int, seconds: float, ceilings:
     }
 
 
+def profile_prefill(engine: Engine, load: CudaLoad) -> dict[str, float]:
+    """Microseconds of one prefill step by kernel, each timed alone."""
+    runner = engine.runner
+    assert isinstance(runner, CudaRunner)
+    count = max(1, min(PROMPT_TOKENS // load.context, engine.limits.max_batch))
+    prompts = np.random.default_rng(2).integers(0, engine.config.vocab_size, (count, load.context)).tolist()
+    params = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+    return _by_kernel(runner.device.timed(lambda: _drop(engine.generate(prompts, params))))
+
+
+def _drop(result: object) -> None:
+    """Only the launches are of interest."""
+
+
+def _by_kernel(launches: list[tuple[str, float]]) -> dict[str, float]:
+    spent: dict[str, float] = defaultdict(float)
+    for name, seconds in launches:
+        spent[name] += seconds * 1e6
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
 def profile(engine: Engine, batch: int, load: CudaLoad) -> dict[str, float]:
     """Microseconds of one decode step by kernel, each timed alone: without graphs and without overlap."""
     runner = engine.runner
     assert isinstance(runner, CudaRunner)
     admitted = admit(engine, batch, load)
     engine.step()
-    spent: dict[str, float] = defaultdict(float)
-    for name, seconds in runner.device.timed(runner.repeat):
-        spent[name] += seconds * 1e6
+    spent = _by_kernel(runner.device.timed(runner.repeat))
     for sequence in admitted:
         engine.abort(sequence.number)
-    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+    return spent
 
 
 def measure_ceilings(device: Device) -> dict[str, float]:

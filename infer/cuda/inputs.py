@@ -90,6 +90,10 @@ class StepInputs:
         size = self._changing if ahead else len(host)
         self._device.write(self._buffer.view((size,)), host[:size])
 
+    def hold(self) -> None:
+        """From now on replays repeat the same step: nothing advances until the next `send`."""
+        self._device.fill(self["flag"], 0)
+
     def _host(self, host: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
         offset, shape, dtype = self._fields[name]
         return host[offset : offset + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)

@@ -242,6 +242,17 @@ class CudaRunner(Runner):
         """Runs the last decode step once more, operation by operation: for profiles."""
         self._step(*self._last)
 
+    def graph_seconds(self, count: int) -> float:
+        """GPU seconds of the last decode step as a graph, back to back: the mean of `count`."""
+        graph = self._captured.graphs[self._last]
+
+        def replays() -> None:
+            for _ in range(count):
+                self.device.replay(graph)
+
+        self._inputs.hold()
+        return self.device.seconds(replays) / count
+
     def _step(self, bucket: int, bound: int, sampled: bool) -> None:
         """One decode step of `bucket` sequences: from the inputs' buffers to tokens."""
         device, inputs = self.device, self._inputs

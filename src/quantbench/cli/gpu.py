@@ -61,7 +61,7 @@ def bench_random(asked: Asked, json: bool) -> None:
     machine = found["machine"]
     typer.echo(f"{machine['gpu']}, driver {machine['driver']}, {machine['arch']}, {asked.dtype} between operations")
     typer.echo("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in found["ceilings"].items()))
-    columns = ["mode", "stage", "step ms", "tokens/s", "TB/s", "TFLOP/s", "share of ceiling"]
+    columns = ["mode", "stage", "step ms", "graph ms", "tokens/s", "TB/s", "TFLOP/s", "share of ceiling"]
     print_rows(columns, [row for mode, measured in found["modes"].items() for row in speeds(mode, measured)])
     for mode, measured in found["modes"].items():
         print_profiles(mode, measured)
@@ -70,14 +70,15 @@ def bench_random(asked: Asked, json: bool) -> None:
 def speeds(mode: str, found: dict[str, Any]) -> Iterator[list[Any]]:
     """A line for prefill, then one for each batch."""
     first = found["prefill"]
-    yield [mode, "prefill", None, first["tokens_per_s"], None, first["tflop_per_s"], first["share_of_ceiling"]]
+    yield [mode, "prefill", None, None, first["tokens_per_s"], None, first["tflop_per_s"], first["share_of_ceiling"]]
     for batch, row in found["decode"].items():
-        figures = [row[name] for name in ("step_ms", "tokens_per_s", "tb_per_s", "tflop_per_s", "share_of_ceiling")]
-        yield [mode, f"decode@{batch}", *figures]
+        figures = [row[name] for name in ("step_ms", "graph_ms", "tokens_per_s", "tb_per_s", "tflop_per_s")]
+        yield [mode, f"decode@{batch}", *figures, row["share_of_ceiling"]]
 
 
 def print_profiles(mode: str, found: dict[str, Any]) -> None:
-    for batch, row in found["decode"].items():
+    stages = {"prefill": found["prefill"]} | {f"decode@{batch}": row for batch, row in found["decode"].items()}
+    for stage, row in stages.items():
         if "profile_us" in row:
-            typer.echo(f"{mode} decode@{batch}: microseconds of one step by kernel, each alone")
+            typer.echo(f"{mode} {stage}: microseconds of one step by kernel, each alone")
             print_rows(["kernel", "us"], [[name, us] for name, us in row["profile_us"].items()])
