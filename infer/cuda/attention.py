@@ -7,6 +7,8 @@ prefill   bfloat16, sequences with more
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from quantbench.infer.cuda import rows
@@ -20,6 +22,15 @@ SHARED = 99 << 10  # bytes that a block may take on every GPU since sm_80
 RING = 56 << 10  # bytes for the stages of a decoding block: several blocks share a multiprocessor
 PREFILL_ROWS = 64
 SPLITS = 64  # at most
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a decoding kernel needs to turn q and k itself."""
+
+    rope: rows.Rope
+    norms: tuple[DeviceArray, DeviceArray] | None
+    eps: float
 
 
 def attention(
@@ -37,14 +48,31 @@ def attention(
     return out
 
 
-def decode_quantized(
-    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, spec: ActSpec
+def decode_attention(
+    device: Device,
+    qkv: DeviceArray,
+    batch: DeviceBatch,
+    rope: rows.Rope,
+    norms: tuple[DeviceArray, DeviceArray] | None,
+    eps: float,
+    cache: DeviceCache,
+    window: int | None,
+    spec: ActSpec,
 ) -> Activation:
-    """`attention` of one row per sequence, quantized as `spec` says: where pages are split, by the kernel that joins
-    the splits."""
-    if spec.format is None or not on_tensor_cores(device, cache) or _splits(device, batch, cache) == 1:
-        return rows.quantize(device, attention(device, q, batch, cache, window), spec)
-    return _decode(device, q, batch, cache, window, None, spec)
+    """Everything between the qkv and the o projection of a decode step (one row per sequence): norms and RoPE, K and V
+    into pages, attention, quantized as `spec` says. For what `fuses_decode` allows."""
+    turn = Turn(rope, norms, eps)
+    if _splits(device, batch, cache) > 1:
+        return _decode(device, qkv, batch, cache, window, None, spec, turn)
+    width = batch.tokens, qkv.shape[1] - 2 * cache.k.shape[1] * cache.k.shape[3]
+    out = device.empty(width, device.dtype)
+    _decode(device, qkv, batch, cache, window, out, FLOAT, turn)
+    return rows.quantize(device, out, spec)
+
+
+def fuses_decode(device: Device, batch: DeviceBatch, cache: DeviceCache) -> bool:
+    """Whether `decode_attention` takes this step."""
+    return batch.decode and on_tensor_cores(device, cache)
 
 
 def on_tensor_cores(device: Device, cache: DeviceCache) -> bool:
@@ -55,9 +83,10 @@ def on_tensor_cores(device: Device, cache: DeviceCache) -> bool:
 def _plain(
     device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
 ) -> None:
-    kernel = device.kernel("attention_plain.cu", "attention_plain", **_macros(q, cache))
+    heads = q.shape[1] // cache.k.shape[3]
+    kernel = device.kernel("attention_plain.cu", "attention_plain", **_macros(q, cache, heads))
     device.launch(
-        kernel, (batch.tokens, q.shape[1] // cache.k.shape[3]), 128, q, batch.starts, batch.context, batch.tables,
+        kernel, (batch.tokens, heads), 128, q, batch.starts, batch.context, batch.tables,
         batch.sequences, batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, cache.k.shape[1],
         window or 0, out,
     )  # fmt: skip
@@ -72,7 +101,9 @@ def _prefill(
     fixed = PREFILL_ROWS * row + (2 * keys * row if codes else 0)
     stage = 2 * keys * (size if codes else row)
     stages = 2 if fixed + 2 * stage <= SHARED else 1
-    kernel = device.kernel("prefill.cu", "attention_prefill", KEYS=keys, STAGES=stages, **_macros(q, cache))
+    kernel = device.kernel(
+        "prefill.cu", "attention_prefill", KEYS=keys, STAGES=stages, **_macros(q, cache, q.shape[1] // size)
+    )
     device.launch(
         kernel, (-(-batch.max_rows // PREFILL_ROWS), q.shape[1] // size, batch.sequences), 128,
         q, batch.starts, batch.context, batch.tables, batch.tables.shape[1], cache.k, cache.v, cache.k_scale,
@@ -88,20 +119,31 @@ def _decode(
     window: int | None,
     out: DeviceArray | None,
     spec: ActSpec = FLOAT,
+    turn: Turn | None = None,
 ) -> Activation:
-    """Sequences of one row. Splits are joined into `out`, or into what `spec` asks for."""
+    """Sequences of one row. Splits are joined into `out`, or into what `spec` asks for. With `turn`, q is qkv."""
     kv_heads, size = cache.k.shape[1], cache.k.shape[3]
-    heads, splits = q.shape[1] // size, _splits(device, batch, cache)
+    heads, splits = q.shape[1] // size - (2 * kv_heads if turn else 0), _splits(device, batch, cache)
     stages, shared = _ring(cache, heads // kv_heads)
     sums = parts = None
     if splits > 1:
         sums = device.empty((batch.sequences, splits, heads, size), DTYPES[F32])
         parts = device.empty((batch.sequences, splits, heads, 2), DTYPES[F32])
-    kernel = device.kernel("decode.cu", "attention_decode", STAGES=stages, **_macros(q, cache))
+    (cosines, sines), norms, eps = (turn.rope, turn.norms, turn.eps) if turn else ((None, None), None, 0.0)
+    q_norm, k_norm = norms or (None, None)
+    macros = _macros(q, cache, heads)
+    kernel = device.kernel(
+        "decode.cu",
+        "attention_decode",
+        STAGES=stages,
+        FUSED=int(turn is not None),
+        NORMS=int(norms is not None),
+        **macros,
+    )
     device.launch(
-        kernel, (splits, kv_heads, batch.sequences), 128, q, batch.starts, batch.context, batch.tables,
-        batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, window or 0, out, sums, parts,
-        shared=shared,
+        kernel, (splits, kv_heads, batch.sequences), 128, q, cosines, sines, q_norm, k_norm, np.float64(eps),
+        batch.starts, batch.context, batch.tables, batch.tables.shape[1], cache.k, cache.v, cache.k_scale,
+        cache.v_scale, window or 0, out, sums, parts, shared=shared,
     )  # fmt: skip
     if sums is None or parts is None:
         return Activation(out)  # type: ignore[arg-type]
@@ -124,11 +166,10 @@ def _ring(cache: DeviceCache, group: int) -> tuple[int, int]:
     return stages, max(stages * stage, exchange)
 
 
-def _macros(q: DeviceArray, cache: DeviceCache) -> dict[str, int | str]:
-    kv_heads, size = cache.k.shape[1], cache.k.shape[3]
+def _macros(q: DeviceArray, cache: DeviceCache, heads: int) -> dict[str, int | str]:
     return {
-        "SIZE": size,
-        "GROUP": q.shape[1] // size // kv_heads,
+        "SIZE": cache.k.shape[3],
+        "GROUP": heads // cache.k.shape[1],
         "IO": kind_of(q.dtype),
         "CACHE": kind_of(cache.k.dtype),
         "PER_TOKEN": int(len(cache.k_scale.shape) == 3),

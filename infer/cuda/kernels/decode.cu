@@ -5,10 +5,15 @@
 // rows of a tensor-core product, the query heads that share the KV head its 8 columns. Codes become f16 exactly and
 // scales apply to scores and probabilities. Warps, and then splits (combine in rows.cu), are joined by their maxima.
 //
+// FUSED: q is qkv as the linear layer left it. The block turns its own queries, and the warp that meets the new token
+// puts its K and V into the cache and into its stage. Older pages are then asked for before the predecessor has
+// finished: nothing that may still be running writes them or the indices (add_norm lets nobody start early).
+//
 // Macros: SIZE (head_dim, a multiple of 16), GROUP (q heads per KV head), IO (kind of q and out), CACHE (BF16 | F16 |
-// INT8 | E4M3), PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), STAGES.
+// INT8 | E4M3), PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), STAGES, FUSED, NORMS (1: RMS norm of q and k; FUSED).
 #include "common.cuh"
 #include "mma.cuh"
+#include "rope.cuh"
 
 constexpr bool kCodes = CACHE == INT8 || CACHE == E4M3;
 constexpr int kKind = CACHE == BF16 ? BF16 : F16;  // of the products
@@ -20,9 +25,15 @@ constexpr int kPad = SIZE + 4;
 constexpr float kNone = -1.0e30f;  // a score below every other
 
 struct Cache {
-    const u8 *k, *v;
-    const float *k_scale, *v_scale;
+    u8 *k, *v;
+    float *k_scale, *v_scale;
     int heads, head;
+};
+
+struct Rope {
+    const float *cosines, *sines;  // of the position
+    const float *q_norm, *k_norm;
+    double eps;
 };
 
 // The warp's 16 tokens of a page into a stage; zeros for tokens at or beyond `tokens`.
@@ -41,7 +52,31 @@ DEVICE void fetch(u32 stage, const Cache& c, s64 page, int first_token, int toke
     }
 }
 
+// Head `start` of qkv, normalized and turned.
+DEVICE Head turned(const void* qkv, s64 start, const Rope& rope, const float* norm) {
+    Head x = load_head(qkv, start);
+    if constexpr (NORMS) normalize(x, norm, rope.eps);
+    rotate(x, rope.cosines, rope.sines);
+    return x;
+}
+
+// Writes the new token, `row` of this warp's 16, into the cache and into the stage.
+DEVICE void append(const Cache& c, const Head& k, const Head& v, s64 place, int row, u8* stage) {
+    float k_scale = cache_scale(k, c.k_scale, c.head), v_scale = cache_scale(v, c.v_scale, c.head);
+    store_head(k, c.k, place * SIZE, k_scale);
+    store_head(v, c.v, place * SIZE, v_scale);
+    store_head(k, stage + row * kRow, 0, k_scale);
+    store_head(v, stage + kSide + row * kRow, 0, v_scale);
+    if (PER_TOKEN && threadIdx.x % 32 == 0) {
+        float* scales = (float*)(stage + 2 * kSide);
+        c.k_scale[place] = scales[row] = k_scale;
+        c.v_scale[place] = scales[kTokens + row] = v_scale;
+    }
+    __syncwarp();
+}
+
 // Register pair `step` of the queries: column g is query head tile * 8 + g, elements as the keys' registers hold them.
+template <int FROM>
 DEVICE void load_queries(u32 (&b)[kTiles][kSteps][2], const void* q, s64 row, int lane) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -52,8 +87,8 @@ DEVICE void load_queries(u32 (&b)[kTiles][kSteps][2], const void* q, s64 row, in
                 int head = n * 8 + lane / 4, i = s * 16 + (kCodes ? lane % 4 * 4 + half * 2 : lane % 4 * 2 + half * 8);
                 float low = 0.0f, high = 0.0f;
                 if (head < GROUP) {
-                    low = load_one<IO>(q, row + head * SIZE + i);
-                    high = load_one<IO>(q, row + head * SIZE + i + 1);
+                    low = load_one<FROM>(q, row + head * SIZE + i);
+                    high = load_one<FROM>(q, row + head * SIZE + i + 1);
                 }
                 b[n][s][half] = pack_two<kKind>(low, high);
             }
@@ -125,36 +160,64 @@ DEVICE float over_rows_sum(float x) {
 // out: IO[rows, heads SIZE] where there is one split; else sums f32[S, splits, heads, SIZE] and their (maximum, total) in
 // base 2. Sequences with more than one row are left to the prefill kernel.
 KERNEL void __launch_bounds__(kWarps * 32)
-    attention_decode(const void* q, const int* starts, const int* context, const int* tables, int table_width, const u8* k,
-                     const u8* v, const float* k_scale, const float* v_scale, int window, void* out, float* sums, float2* parts) {
+    attention_decode(const void* q, const float* cosines, const float* sines, const float* q_norm, const float* k_norm,
+                     double eps, const int* starts, const int* context, const int* tables, int table_width, u8* k, u8* v,
+                     float* k_scale, float* v_scale, int window, void* out, float* sums, float2* parts) {
     extern __shared__ __align__(128) u8 memory[];
     let_successor_start();
-    wait_for_predecessor();
+    if constexpr (!FUSED) wait_for_predecessor();
     int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z, splits = gridDim.x, kv_heads = gridDim.y;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int first_row = starts[sequence], tokens = context[sequence];
-    if (starts[sequence + 1] - first_row != 1) return;
+    if (!FUSED && starts[sequence + 1] - first_row != 1) return;
     int from = window > 0 ? max(0, tokens - window) : 0, first_page = from / kPage, pages = (tokens + kPage - 1) / kPage;
     int each = (pages - first_page + splits - 1) / splits;
     int begin = first_page + split * each, end = min(pages, begin + each);
     Cache cache{k, v, k_scale, v_scale, kv_heads, kv_head};
     const int* table = tables + s64(sequence) * table_width;
-    u32 ring = shared_address(memory) + warp * STAGES * kStage;
-    s64 row = (s64(first_row) * kv_heads + kv_head) * GROUP * SIZE;
+    u8* ring = memory + warp * STAGES * kStage;
+    auto request = [&](int page) {
+        u32 stage = shared_address(ring + (page - begin) % STAGES * kStage);
+        if (page < end) fetch(stage, cache, table[page], page * kPage + warp * kTokens, tokens);
+        commit_copies();
+    };
+    for (int s = 0; s < STAGES - 1; ++s) request(begin + s);
+    if constexpr (FUSED) wait_for_predecessor();
 
+    s64 row = (s64(first_row) * kv_heads + kv_head) * GROUP * SIZE;  // of the result
     u32 queries[kTiles][kSteps][2];
-    load_queries(queries, q, row, lane);
+    Head new_k, new_v;
+    int newest = tokens - 1;  // the token that this step adds
+    bool appends = FUSED && end == pages && newest >= 0 && newest % kPage / kTokens == warp;
+    if constexpr (FUSED) {
+        __shared__ u16 heads[GROUP * SIZE];
+        s64 angle = s64(max(newest, 0)) * kHalf, base = s64(first_row) * (GROUP + 2) * kv_heads * SIZE;
+        Rope rope{cosines + angle, sines + angle, q_norm, k_norm, eps};
+        for (int h = warp; h < GROUP; h += kWarps) {
+            Head x = turned(q, base + (kv_head * GROUP + h) * SIZE, rope, q_norm);
+#pragma unroll
+            for (int p = 0; p < kPairs; ++p) {
+                int i = lane + 32 * p;
+                if (i >= kHalf) continue;
+                store_one<kKind>(heads, h * SIZE + i, x.low[p]);
+                store_one<kKind>(heads, h * SIZE + kHalf + i, x.high[p]);
+            }
+        }
+        if (appends) {
+            new_k = turned(q, base + (GROUP * kv_heads + kv_head) * SIZE, rope, k_norm);
+            new_v = load_head(q, base + ((GROUP + 1) * kv_heads + kv_head) * SIZE);
+        }
+        __syncthreads();
+        load_queries<kKind>(queries, heads, 0, lane);
+    } else {
+        load_queries<IO>(queries, q, row, lane);
+    }
     float o[kSteps][kTiles][4] = {}, top[kTiles][2], total[kTiles][2] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) top[n][0] = top[n][1] = kNone;
     float factor = rsqrtf(float(SIZE)) * 1.44269504f;
     if constexpr (kCodes && !PER_TOKEN) factor *= k_scale[kv_head];
 
-    auto request = [&](int page) {
-        if (page < end) fetch(ring + (page - begin) % STAGES * kStage, cache, table[page], page * kPage + warp * kTokens, tokens);
-        commit_copies();
-    };
-    for (int s = 0; s < STAGES - 1; ++s) request(begin + s);
     for (int page = begin; page < end; ++page) {
         __syncwarp();  // every lane has left the stage that is filled next
         request(page + STAGES - 1);
@@ -162,11 +225,14 @@ KERNEL void __launch_bounds__(kWarps * 32)
         __syncwarp();
         int first = page * kPage + warp * kTokens;
         if (first >= tokens || first + kTokens <= from) continue;
-        u32 stage = ring + (page - begin) % STAGES * kStage;
+        u8* held = ring + (page - begin) % STAGES * kStage;
+        u32 stage = shared_address(held);
+        if (appends && page == pages - 1)
+            append(cache, new_k, new_v, (s64(table[page]) * kv_heads + kv_head) * kPage + newest % kPage, newest % kTokens, held);
         float s[kTiles][4] = {}, ks[2] = {1.0f, 1.0f}, vs[2] = {1.0f, 1.0f}, v_top = 1.0f;
         score(s, stage, queries, lane);
         if constexpr (PER_TOKEN) {
-            const float* scales = (const float*)(memory + (stage - shared_address(memory)) + 2 * kSide);
+            const float* scales = (const float*)(held + 2 * kSide);
             ks[0] = scales[g], ks[1] = scales[g + 8];
             vs[0] = first + g < tokens ? scales[kTokens + g] : 0.0f;
             vs[1] = first + g + 8 < tokens ? scales[kTokens + g + 8] : 0.0f;

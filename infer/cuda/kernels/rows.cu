@@ -60,7 +60,6 @@ DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scal
 KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, const float* weight, double eps, void* values,
                                                 u8* codes, float* scales, float given, u32* bad) {
     __shared__ double shared[32];
-    let_successor_start();
     Row row;
     float w[kChunks][V];
     s64 start = s64(blockIdx.x) * WIDTH;
@@ -68,6 +67,7 @@ KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, con
     for (int c = 0; c < kChunks; ++c)
         if (holds(c)) load_vector<F32>(weight, column(c), w[c]);
     wait_for_predecessor();
+    let_successor_start();  // not before: what runs two kernels later may then count on everything before this one
     double sum = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -138,14 +138,14 @@ KERNEL void __launch_bounds__(THREADS) combine(const float* sums, const float2* 
         int head = column(c) / SIZE;
         float top = -3.0e38f, total = 0.0f;
         s64 base = s64(sequence) * splits * (WIDTH / SIZE) + head;
+#pragma unroll 8
         for (int s = 0; s < splits; ++s) top = fmaxf(top, parts[base + s * (WIDTH / SIZE)].x);
 #pragma unroll
         for (int j = 0; j < V; ++j) row.v[c][j] = 0.0f;
-#pragma unroll 4
-        for (int s = 0; s < splits; ++s) {
+#pragma unroll 8
+        for (int s = 0; s < splits; ++s) {  // an empty split has a total of 0 and sums of 0
             s64 place = base + s * (WIDTH / SIZE);
             float2 part = parts[place];
-            if (part.y == 0.0f) continue;  // an empty split
             float share = exp2f(part.x - top), sum[V];
             load_vector<F32>(sums, place * SIZE + column(c) % SIZE, sum);
             total += share * part.y;
