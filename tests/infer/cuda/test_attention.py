@@ -11,7 +11,7 @@ import pytest
 from quantbench.infer.cuda import attention
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
 from quantbench.infer.cuda.device import Device
-from quantbench.infer.ops import Batch, LayerCache
+from quantbench.infer.ops import ActSpec, Batch, LayerCache
 from quantbench.infer.ops.reference import ReferenceOps
 
 BF16 = ml_dtypes.bfloat16
@@ -47,16 +47,21 @@ def problem(
     return q, Batch(none, none, none.astype(np.int64), starts, np.array(contexts, np.int32), tables), cache
 
 
-def run(device: Device, q: np.ndarray, batch: Batch, cache: LayerCache, window: int | None = None) -> np.ndarray:
-    lent = [
-        device.upload(a) for a in (batch.ids, batch.positions, batch.slots, batch.starts, batch.context, batch.tables)
-    ]
+def on_device(device: Device, batch: Batch, cache: LayerCache) -> tuple[DeviceBatch, DeviceCache]:
+    indices = (batch.ids, batch.positions, batch.slots, batch.starts, batch.context, batch.tables)
     rows = np.diff(batch.starts)
-    on_device = DeviceBatch(
-        *lent, decode=bool(np.all(rows == 1)), max_context=int(batch.context.max()), max_rows=int(rows.max())
+    lent = DeviceBatch(
+        *(device.upload(a) for a in indices),
+        decode=bool(np.all(rows == 1)),
+        max_context=int(batch.context.max()),
+        max_rows=int(rows.max()),
     )
-    pages = DeviceCache(*(device.upload(a) for a in (cache.k, cache.v, cache.k_scale, cache.v_scale)))
-    out = attention.attention(device, device.upload(q.astype(device.dtype)), on_device, pages, window)
+    return lent, DeviceCache(*(device.upload(a) for a in (cache.k, cache.v, cache.k_scale, cache.v_scale)))
+
+
+def run(device: Device, q: np.ndarray, batch: Batch, cache: LayerCache, window: int | None = None) -> np.ndarray:
+    lent, pages = on_device(device, batch, cache)
+    out = attention.attention(device, device.upload(q.astype(device.dtype)), lent, pages, window)
     return device.fetch(out).astype(np.float32)
 
 
@@ -152,3 +157,41 @@ def test_scales_of_each_token_and_head(device_bf16: Device, decode: bool) -> Non
     )
     got = run(device_bf16, q, batch, LayerCache(cache.k, cache.v, scales[0], scales[1]))
     assert_close(got, REFERENCE.attention(q, batch, want), 6e-3)
+
+
+@pytest.mark.parametrize("dtype", CACHES[1:])
+@pytest.mark.parametrize(
+    ("size", "heads", "normed"),
+    [(64, (9, 3), False), (128, (8, 2), True), (80, (4, 4), True), (256, (4, 1), False)],
+)
+def test_a_fused_decode_step_equals_its_parts(
+    device_bf16: Device, size: int, heads: tuple[int, int], normed: bool, dtype: Any
+) -> None:
+    """RoPE, append and attention in one kernel against the reference's two operations; the pages too."""
+    device, rng = device_bf16, np.random.default_rng(size)
+    contexts = [1, 64, 65, 777, 130]
+    _, batch, cache = problem([1] * len(contexts), contexts, heads, size, dtype)
+    newest = np.array(contexts) - 1
+    batch.positions = newest.astype(np.int32)
+    batch.slots = np.array([batch.tables[s, n // 64] * 64 + n % 64 for s, n in enumerate(newest)], np.int64)
+    qkv = rng.standard_normal((len(contexts), (heads[0] + 2 * heads[1]) * size)).astype(BF16).astype(np.float32)
+    angle = rng.uniform(0, 6, (800, size // 2)).astype(np.float32)
+    norms: Any = tuple(rng.uniform(0.5, 2, size).astype(np.float32) for _ in "qk") if normed else None
+    rope = np.cos(angle), np.sin(angle)
+    lent, pages = on_device(device, batch, cache)
+    tables: Any = tuple(device.upload(r) for r in rope)
+    weights: Any = norms and tuple(device.upload(n) for n in norms)
+    assert attention.fuses_decode(device, lent, pages)
+    given = device.upload(qkv.astype(BF16))
+    for spec in (ActSpec(), ActSpec("int8"), ActSpec("fp8_e4m3", 0.01)):
+        got = attention.decode_attention(device, given, lent, tables, weights, 1e-6, pages, None, spec)
+        q = REFERENCE.rope_write(qkv, batch, rope, norms, 1e-6, cache)
+        want = REFERENCE.attention(q, batch, cache)
+        held: Any = got.values if got.codes is None else got.codes
+        values = device.fetch(held).astype(np.float32)
+        if got.codes is not None:
+            values = values * device.fetch(got.scale)[:, None]  # type: ignore[arg-type, index]
+        assert_close(values, want, 8e-3 if got.codes is None else 4e-2)
+    for here, there in ((pages.k, cache.k), (pages.v, cache.v)):
+        different = device.fetch(here).astype(np.float32) != there.astype(np.float32)
+        assert different.mean() < 1e-3, f"pages differ at {np.argwhere(different)[:5]}"
