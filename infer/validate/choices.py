@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from quantbench.errors import DataError
+from quantbench.errors import DataError, RequestError
 from quantbench.infer.validate.likelihood import F64, token_nll
 
 
@@ -29,12 +29,19 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """One question in token ids. `lengths`: UTF-8 bytes of each choice, the unit of length normalisation."""
+    """One question in token ids. `lengths`: UTF-8 bytes of each choice, the unit of length normalisation; `where`:
+    file and line, for messages."""
 
     context: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
     answer: int
+    where: str = "question"
+
+    @property
+    def tokens(self) -> int:
+        """With its longest choice."""
+        return len(self.context) + max(map(len, self.choices))
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def load_choices(path: str | Path, tokenizer: Encoder) -> ChoiceSet:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                questions.append(_question(_parse(line), tokenizer))
+                questions.append(replace(_question(_parse(line), tokenizer), where=f"{path}:{number}"))
             except DataError as error:
                 problems += [f"{path}:{number}: {problem}" for problem in error.problems]
     if not questions and not problems:
@@ -129,10 +136,19 @@ def _question(row: dict[str, Any], tokenizer: Encoder) -> Question:
 def answer_questions(
     engine: Scorer, questions: Sequence[Question], advance: Callable[[], None] = lambda: None
 ) -> Answers:
-    """Score every choice of every question, calling `advance` after each question. Ties go to the first choice."""
+    """Score every choice of every question, calling `advance` after each question. Ties go to the first choice.
+
+    Raises DataError with the line of every question that is as long as one which the engine refuses.
+    """
     by_sum, by_length = np.zeros(len(questions)), np.zeros(len(questions))
     for i, q in enumerate(questions):
-        likelihoods = np.array([_log_likelihood(engine, q.context, tail) for tail in q.choices])
+        try:
+            likelihoods = np.array([_log_likelihood(engine, q.context, tail) for tail in q.choices])
+        except RequestError as error:
+            long = [other for other in questions if other.tokens >= q.tokens]
+            raise DataError(
+                *(f"{other.where}: {other.tokens} tokens with its longest choice: {error}" for other in long)
+            ) from None
         by_sum[i] = likelihoods.argmax() == q.answer
         by_length[i] = (likelihoods / np.array(q.lengths)).argmax() == q.answer
         advance()

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from quantbench.errors import DataError
+from quantbench.errors import DataError, RequestError
 from quantbench.infer.validate.accuracy import AccuracyTasks, evaluate_accuracy
 from quantbench.infer.validate.choices import ChoiceSet, Question, answer_questions, load_choices
 
@@ -116,3 +116,25 @@ def test_deltas_are_paired(tmp_path):
     assert result["variants"]["q"]["delta"] == pytest.approx(-3 / 8)
     low, high = result["variants"]["q"]["delta_interval"]
     assert -1 < low < -3 / 8 < high < 0.0001
+
+
+def test_questions_that_an_engine_refuses_are_named_with_file_and_line(tmp_path):
+    class Short:
+        def score(self, ids):
+            if len(ids) > 12:
+                raise RequestError(f"{len(ids)} tokens; at most 12")
+            return np.zeros((len(ids), 128), np.float32)
+
+    path = write(
+        tmp_path / "q.jsonl",
+        {"question": "short?", "choices": ["a", "b"], "answer": 0},
+        {"question": "this one is long", "choices": ["a", "bcd"], "answer": 0},
+        {"question": "this one is longer still", "choices": ["a", "b"], "answer": 0},
+    )
+    questions = load_choices(path, Letters()).questions
+    with pytest.raises(DataError) as raised:
+        answer_questions(Short(), questions)
+    assert raised.value.problems == (
+        f"{path}:2: 20 tokens with its longest choice: 18 tokens; at most 12",
+        f"{path}:3: 26 tokens with its longest choice: 18 tokens; at most 12",
+    )
