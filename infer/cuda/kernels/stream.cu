@@ -12,7 +12,7 @@
 #include "mma.cuh"
 
 constexpr bool kCodes = X == INT8 || X == E4M3;
-constexpr int kWarps = 8, kDepth = 4;
+constexpr int kWarps = 8, kDepth = TILES >= 4 || (GROUP != 0 && GROUP < 128) ? 2 : 4;  // steps asked for ahead
 constexpr int kWeightBits = W == INT4 ? 4 : W == INT8 || W == E4M3 ? 8 : 16;
 constexpr int kLaneInputs = 128 / kWeightBits, kBlock = 4 * kLaneInputs;  // inputs per 16 bytes; per step of a warp
 constexpr int kKind = X == F16 ? F16 : BF16;                             // of the 16-bit products
@@ -23,8 +23,12 @@ template <bool INTEGER> struct Sum { typedef float type; };
 template <> struct Sum<true> { typedef int type; };
 typedef Sum<X == INT8>::type sum_t;
 
+constexpr int kSubs = kBlock / kSub, kGroup = GROUP ? GROUP : 1;
+
 struct Weights {
-    uint4 low, high;  // rows g and g + 8
+    uint4 low, high;                           // rows g and g + 8
+    float low_scale[kSubs], high_scale[kSubs]; // of each run of inputs that shares one, where GROUP
+    u32 low_offset[kSubs], high_offset[kSubs]; // what takes an int4 code's zero away
 };
 
 struct Linear {
@@ -54,13 +58,23 @@ DEVICE uint4 load_stream(const void* p) {  // read once: leaves the caches to ot
     return v;
 }
 
-// 16 bytes of each of two rows, at step `block` of K; zeros beyond the end of a row.
+DEVICE u32 offset_of(const Linear& l, s64 at) { return int4_offset<kKind>(ASYM ? l.w_zero[at] : 0); }
+
+// 16 bytes of each of two rows, at step `block` of K, and their scales; zeros beyond the end of a row.
 DEVICE Weights load_weights(const Linear& l, int tile, int block, int end, int lane) {
     Weights w{};
     s64 byte = (s64(block) * 4 + lane % 4) * 16;
-    if (block < end && byte < l.row_bytes) {
-        w.low = load_stream(l.w + row_of(l, tile, lane / 4) * l.row_bytes + byte);
-        w.high = load_stream(l.w + row_of(l, tile, lane / 4 + 8) * l.row_bytes + byte);
+    if (block >= end || byte >= l.row_bytes) return w;
+    int low = row_of(l, tile, lane / 4), high = row_of(l, tile, lane / 4 + 8);
+    w.low = load_stream(l.w + low * l.row_bytes + byte);
+    w.high = load_stream(l.w + high * l.row_bytes + byte);
+#pragma unroll
+    for (int s = 0; s < kSubs; ++s) {
+        if constexpr (GROUP != 0) {  // asked for now: waiting for them later would cost a trip to memory each time
+            s64 group = min((block * kBlock + s * kSub) / kGroup, (l.columns - 1) / kGroup) * s64(l.rows);
+            w.low_scale[s] = l.w_scale[group + low], w.high_scale[s] = l.w_scale[group + high];
+            if constexpr (ASYM) w.low_offset[s] = offset_of(l, group + low), w.high_offset[s] = offset_of(l, group + high);
+        }
     }
     return w;
 }
@@ -78,10 +92,10 @@ DEVICE u32 weight_pair(const uint4& row, int octet, int pair, u32 offset) {
 struct Inputs {
     uint4 high, rest;
 };
-DEVICE Inputs load_inputs(const Linear& l, s64 row, int block, int octet, int lane) {
+DEVICE Inputs load_inputs(const Linear& l, s64 row, int block, int end, int octet, int lane) {
     int t = lane % 4, k = block * kBlock + (W == INT4 ? octet * 32 + t * 8 : t * kLaneInputs + octet * 8);
     Inputs in{};
-    if (k >= l.columns) return in;
+    if (block >= end || k >= l.columns) return in;
     if constexpr (X == F32) {
         float v[8];
         load_vector<F32>(l.x, row * l.columns + k, v);
@@ -100,51 +114,48 @@ DEVICE Inputs load_inputs(const Linear& l, s64 row, int block, int octet, int la
 }
 
 // One step of codes by codes: 16 bytes of each row against 16 bytes of each token.
-DEVICE void multiply_codes(const Linear& l, const Weights& w, int block, int first_token, int lane, sum_t (&sum)[TILES][4]) {
+template <class S>
+DEVICE void multiply_codes(const Linear& l, const Weights& w, int block, int end, int first_token, int lane, S (&sum)[TILES][4]) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
         s64 row = min(first_token + n * 8 + lane / 4, l.tokens - 1), k = (s64(block) * 4 + lane % 4) * 16;
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (k < l.columns) x = *(const uint4*)((const u8*)l.x + row * l.columns + k);
+        if (block < end && k < l.columns) x = *(const uint4*)((const u8*)l.x + row * l.columns + k);
         mma_codes(sum[n], w.low.x, w.high.x, w.low.y, w.high.y, x.x, x.y);
         mma_codes(sum[n], w.low.z, w.high.z, w.low.w, w.high.w, x.z, x.w);
     }
 }
 
-// One step of 16-bit products. Sums of inputs that share a scale are kept apart until the scale is applied.
-DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int block, int first_token, int lane,
+// One step of 16-bit products. Sums of inputs that share a scale are kept apart until the scale is applied. Beyond `end`
+// inputs are zeros, so that nothing is added whatever the weights.
+DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int block, int end, int first_token, int lane,
                             float (&sum)[TILES][4]) {
-    int low = row_of(l, tile, lane / 4), high = row_of(l, tile, lane / 4 + 8);
-    u32 offset_low = int4_offset<kKind>(0), offset_high = offset_low;
+    constexpr int kOctets = kSub / 32;
+    u32 row_offset[2] = {int4_offset<kKind>(0), int4_offset<kKind>(0)};
     if constexpr (ASYM && GROUP == 0) {
-        offset_low = int4_offset<kKind>(l.w_zero[low]);
-        offset_high = int4_offset<kKind>(l.w_zero[high]);
+        row_offset[0] = offset_of(l, row_of(l, tile, lane / 4));
+        row_offset[1] = offset_of(l, row_of(l, tile, lane / 4 + 8));
     }
 #pragma unroll
-    for (int sub = 0; sub < kBlock / kSub; ++sub) {
-        s64 group = GROUP ? min((s64(block) * kBlock + sub * kSub) / max(GROUP, 1), s64((l.columns - 1) / max(GROUP, 1))) : 0;
-        if constexpr (ASYM && GROUP) {
-            offset_low = int4_offset<kKind>(l.w_zero[group * l.rows + low]);
-            offset_high = int4_offset<kKind>(l.w_zero[group * l.rows + high]);
-        }
-        u32 a[kSub / 32][4], b[kSub / 32][4];
+    for (int s = 0; s < kSubs; ++s) {
+        u32 low_offset = ASYM && GROUP ? w.low_offset[s] : row_offset[0];
+        u32 high_offset = ASYM && GROUP ? w.high_offset[s] : row_offset[1];
+        u32 a[kOctets][4], b[kOctets][4];
 #pragma unroll
-        for (int o = 0; o < kSub / 32; ++o)
+        for (int o = 0; o < kOctets; ++o)
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
-                a[o][p] = weight_pair(w.low, sub * (kSub / 32) + o, p, offset_low);
-                b[o][p] = weight_pair(w.high, sub * (kSub / 32) + o, p, offset_high);
+                a[o][p] = weight_pair(w.low, s * kOctets + o, p, low_offset);
+                b[o][p] = weight_pair(w.high, s * kOctets + o, p, high_offset);
             }
-        float scale_low = GROUP ? l.w_scale[group * l.rows + low] : 1.0f;
-        float scale_high = GROUP ? l.w_scale[group * l.rows + high] : 1.0f;
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
             float part[4] = {};
             float(&to)[4] = GROUP ? part : sum[n];
             s64 row = min(first_token + n * 8 + lane / 4, l.tokens - 1);
 #pragma unroll
-            for (int o = 0; o < kSub / 32; ++o) {
-                Inputs x = load_inputs(l, row, block, sub * (kSub / 32) + o, lane);
+            for (int o = 0; o < kOctets; ++o) {
+                Inputs x = load_inputs(l, row, block, end, s * kOctets + o, lane);
                 mma_16bit<kKind>(to, a[o][0], b[o][0], a[o][1], b[o][1], x.high.x, x.high.y);
                 mma_16bit<kKind>(to, a[o][2], b[o][2], a[o][3], b[o][3], x.high.z, x.high.w);
                 if constexpr (X == F32) {
@@ -153,17 +164,18 @@ DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int blo
                 }
             }
             if constexpr (GROUP != 0) {
-                sum[n][0] += part[0] * scale_low, sum[n][1] += part[1] * scale_low;
-                sum[n][2] += part[2] * scale_high, sum[n][3] += part[3] * scale_high;
+                sum[n][0] += part[0] * w.low_scale[s], sum[n][1] += part[1] * w.low_scale[s];
+                sum[n][2] += part[2] * w.high_scale[s], sum[n][3] += part[3] * w.high_scale[s];
             }
         }
     }
 }
 
 template <bool CODES, class S>
-DEVICE void multiply(const Linear& l, const Weights& w, int tile, int block, int first_token, int lane, S (&sum)[TILES][4]) {
-    if constexpr (CODES) multiply_codes(l, w, block, first_token, lane, sum);
-    else multiply_values(l, w, tile, block, first_token, lane, sum);
+DEVICE void multiply(const Linear& l, const Weights& w, int tile, int block, int end, int first_token, int lane,
+                     S (&sum)[TILES][4]) {
+    if constexpr (CODES) multiply_codes(l, w, block, end, first_token, lane, sum);
+    else multiply_values(l, w, tile, block, end, first_token, lane, sum);
 }
 
 // The finished value of one row and token; products and sums rounded one by one, as the CPU does.
@@ -194,7 +206,7 @@ DEVICE void store_tile(const Linear& l, int tile, int first_token, const sum_t* 
     }
 }
 
-KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 ? 2 : 1)
+KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 && GROUP != 32 ? 2 : 1)
     linear_stream(const void* x, const float* x_scale, int x_step, const u8* w, const float* w_scale, const int* w_zero,
                   const float* bias, void* out, s64 out_stride, int out_column, int tokens, int rows, int columns,
                   s64 row_bytes, float out_scale, float* scale_written) {
@@ -224,11 +236,8 @@ KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 ? 2 : 1)
                 next[d] = load_weights(l, next_tile, next_block + d, last && m + 1 == mine ? 0 : end, lane);
             }
 #pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                int block = begin + batch * kDepth + d;
-                if (block >= end) break;
-                multiply<kCodes>(l, current[d], tile, block, first_token, lane, sum);
-            }
+            for (int d = 0; d < kDepth; ++d)
+                multiply<kCodes>(l, current[d], tile, begin + batch * kDepth + d, end, first_token, lane, sum);
         }
         sum_t* part = exchange + warp * 8 * TILES * kPad;
 #pragma unroll
