@@ -177,6 +177,11 @@ def open_blas(device: Device) -> Blas | None:
     return _OPEN[device]
 
 
+def forbid(device: Device) -> None:
+    """Our own kernels alone on this device."""
+    _OPEN[device] = None
+
+
 def wins(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
     """Whether the library is there, takes this product, and was measured to be the fastest at this size."""
     least = BEST_FROM.get(x.dtype)

@@ -73,9 +73,7 @@ def run_layers(
         a = rows.add_norm(device, x, delta, held.attn_norm, eps, layer.qkv.spec)
         qkv = linears(device, a, layer.qkv)
         device.section = "attention"
-        q = rows.rope_write(device, qkv, batch, rope, held.qk_norms, eps, pages)
-        attend = attention.decode_quantized if batch.decode and layer.o.spec.format else _attend
-        a = attend(device, q, batch, pages, layer.window, layer.o.spec)
+        a = _attend(device, qkv, batch, rope, held, eps, pages)
         device.section = "o"
         delta = linears(device, a, layer.o)
         device.section = "gate_up"
@@ -102,9 +100,20 @@ def logits_of(
 
 
 def _attend(
-    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, spec: ActSpec
+    device: Device,
+    qkv: DeviceArray,
+    batch: DeviceBatch,
+    rope: Rope,
+    held: DeviceLayer,
+    eps: float,
+    pages: DeviceCache,
 ) -> Activation:
-    return quantize(device, attention.attention(device, q, batch, cache, window), spec)
+    """RoPE, K and V into the pages, attention, and its output as o's linear takes it."""
+    window, spec = held.layer.window, held.layer.o.spec
+    if attention.fuses_decode(device, batch, pages):
+        return attention.decode_attention(device, qkv, batch, rope, held.qk_norms, eps, pages, window, spec)
+    q = rows.rope_write(device, qkv, batch, rope, held.qk_norms, eps, pages)
+    return quantize(device, attention.attention(device, q, batch, pages, window), spec)
 
 
 def quantize(device: Device, x: DeviceArray, spec: ActSpec) -> Activation:
@@ -131,5 +140,8 @@ def linears(device: Device, a: Activation, group: Projection, dtype: np.dtype[np
 
 
 def swiglu(device: Device, a: Activation, group: Projection, spec: ActSpec) -> Activation:
-    """gate and up, and silu(gate) * up as `spec` says."""
+    """gate and up, and silu(gate) * up as `spec` says: by one kernel where that is the faster way."""
+    weights = packed(group.packed[0]).weights if len(group.packed) == 1 else ()
+    if len(weights) == 1 and gemm.fuses_swiglu(device, weights[0], a.tokens, spec):
+        return gemm.linear_swiglu(device, a, weights[0], spec)
     return rows.silu_mul(device, linears(device, a, group), spec)
