@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from quantbench.calibrate.apply import tap_factors
+from quantbench.calibrate.apply import tap_factors, tap_shifts
 from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.forward import BlockForward, Float, Int
 from quantbench.calibrate.rotated import RotatedSource
@@ -116,7 +116,7 @@ def find_prefix(search: Search, wanted: str | Sequence[int], words: Words) -> Pr
     Raises CalibrationError, with the figures, where the text behind it has inputs as large as without it.
     """
     if wanted == "auto":
-        plain, best, tried = _searched(search, words)
+        plain, best, tried = searched(search, words)
     else:
         ids = tuple(int(i) for i in wanted)
         plain, best = search.look([(), ids])
@@ -129,13 +129,13 @@ def find_prefix(search: Search, wanted: str | Sequence[int], words: Words) -> Pr
             f"prefix: {what}, {list(best.prefix)} ({name}), leaves the largest inputs of the text at {after}; without "
             f"it they are at {before}. This model has no use for it: prefix: off"
         )
-    searched = f", the best of {tried} tried" if tried else ""
-    reason = f"{name}{searched}: largest inputs of the text at {after}, without it {before}"
+    among = f", the best of {tried} tried" if tried else ""
+    reason = f"{name}{among}: largest inputs of the text at {after}, without it {before}"
     return Prefix(best.prefix, np.stack(best.kept["k"]), np.stack(best.kept["v"]), reason)
 
 
-def _searched(search: Search, words: Words) -> tuple[Look, Look, int]:
-    """The plain model, the best candidate, and how many were tried."""
+def searched(search: Search, words: Words) -> tuple[Look, Look, int]:
+    """The plain model, the best candidate, and how many were tried: single tokens, then one more at a time."""
     marks = singles(search.tokens, words, search.source.config)
     plain, *looks = search.look([(), *((i,) for i in marks)])
     best, tried = _best(looks), len(looks)
@@ -198,7 +198,9 @@ def folded(prefix: Prefix | None, table: ScaleTable, config: ModelConfig) -> Pre
         return None
     arrays = {"k": prefix.k.copy(), "v": prefix.v.copy()}
     for layer in range(config.num_layers):
-        factors = tap_factors(layer, table, config)
+        factors, shifts = tap_factors(layer, table, config), tap_shifts(layer, table, config)
+        for tap in arrays.keys() & shifts.keys():
+            arrays[tap][layer] -= shifts[tap].reshape(config.num_kv_heads, 1, config.head_dim)
         for tap in arrays.keys() & factors.keys():
             arrays[tap][layer] *= factors[tap].reshape(config.num_kv_heads, 1, config.head_dim)
     return replace(prefix, k=arrays["k"], v=arrays["v"])
