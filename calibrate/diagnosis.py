@@ -76,7 +76,7 @@ class Diagnosis:
     """Collects the stages of one block of one variant; `choose_block` calls it."""
 
     layers: dict[str, list[Noise]] = field(default_factory=dict)
-    _moments: dict[str, F64] = field(default_factory=dict)
+    _moments: dict[str, tuple[Statistics, F64]] = field(default_factory=dict)  # of what: a shift replaces statistics
 
     def __call__(self, after: str, block: Block, table: ScaleTable, behind: Behind | None = None) -> None:
         """The stage behind the word `after` ("" before any). `table`: what is decided; `behind`: at the last stage."""
@@ -94,10 +94,11 @@ class Diagnosis:
             tap = group[0].tap
             if tap not in stage.block.statistics or not any(stage.block.plan(line.name) for line in group):
                 continue
-            if tap not in self._moments:
-                self._moments[tap] = second_moments(stage.block.statistics[tap])
+            seen = stage.block.statistics[tap]
+            if tap not in self._moments or self._moments[tap][0] is not seen:
+                self._moments[tap] = seen, second_moments(seen)
             factor = factors.get(tap, np.ones(1, np.float32))
-            for name, noise in _group_noise(stage, group, _Input(tap, factor, self._moments[tap]), after):
+            for name, noise in _group_noise(stage, group, _Input(tap, factor, self._moments[tap][1]), after):
                 self.layers.setdefault(name, []).append(noise)
 
     def save(self, folder: Path) -> None:

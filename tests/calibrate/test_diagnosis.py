@@ -141,6 +141,18 @@ def test_clipped_weights_are_counted() -> None:
     assert layers[UP][0].weight_beyond > 0
 
 
+def test_statistics_that_a_transform_replaces_are_seen_anew() -> None:
+    """As a shift does: what lies behind it was observed again."""
+    w, found, plan = weights(), Diagnosis(), variant("a8w8")
+    seen = statistics(w)
+    found("", Block(LAYER, w, seen, plan, CONFIG), ScaleTable())
+    doubled = {tap: observe(x * F32(2), CONFIG.num_kv_heads if tap in "kv" else 1) for tap, x in rows().items()}
+    found("shift", Block(LAYER, w, doubled, plan, CONFIG), ScaleTable())
+    for before, after in found.layers.values():
+        assert after.steps == pytest.approx(before.steps, rel=0.02)  # of scales that have doubled too
+        assert after.input == pytest.approx(before.input, rel=0.1)
+
+
 def test_zeros_are_no_noise() -> None:
     w = {n: np.zeros_like(v) for n, v in weights().items()}
     found = Diagnosis()
