@@ -9,7 +9,7 @@ import yaml
 
 from quantbench.recipes.bundled import Preset, list_presets
 from quantbench.recipes.load import load_recipe
-from quantbench.recipes.source import Dumper
+from quantbench.recipes.source import Dumper, parse
 from quantbench.vocabulary import MODES
 
 CALIBRATION = {"data": "demo:wikipedia", "samples": 32, "length": 256, "seed": 0}
@@ -52,7 +52,7 @@ def entries(model: str, family: str) -> list[Entry]:
 def single(preset: Preset) -> Words | None:
     """The words of a preset that quantizes one variant, without its float columns and what is measured of it; None for
     a preset that compares several, or that says nothing of the calibration text used here."""
-    words: Words = yaml.safe_load(preset.path.read_text(encoding="utf-8"))
+    words: Words = parse(preset.path.read_text(encoding="utf-8"), preset.name).tree
     modes = [m if isinstance(m, dict) else {"mode": m} for m in words.get("modes", ["a8w8"])]
     quantized = [m for m in modes if MODES[m["mode"]].quantized]
     if len(quantized) != 1 or words.get("calibration", {}).get("data") != CALIBRATION["data"]:
@@ -62,12 +62,12 @@ def single(preset: Preset) -> Words | None:
 
 
 def counterpart(words: Words) -> Words:
-    """The same mode by rounding to nearest: no transforms, rules or method, absmax ranges."""
+    """The same mode by rounding to nearest: no transforms, prefix, rules or method, absmax ranges."""
 
     def bare(section: Words) -> Words:
         return {k: v for k, v in section.items() if k != "observer"}
 
-    variant = {k: v for k, v in words["modes"][0].items() if k not in ("transforms", "method")}
+    variant = {k: v for k, v in words["modes"][0].items() if k not in ("transforms", "method", "prefix")}
     sections = ("weights", "activations", "cache_kv")
     variant |= {k: bare(variant[k]) for k in sections if k in variant}
     kept = {k: bare(words[k]) for k in sections if k in words}
@@ -94,7 +94,9 @@ def method_of(words: Words) -> str:
     variant = words["modes"][0]
     sections = {k: words.get(k, {}) | variant.get(k, {}) for k in ("weights", "activations", "cache_kv")}
     method = variant.get("method", words.get("method", "rtn"))
-    told = [spoken(t) for t in variant.get("transforms", words.get("transforms", []))]
+    prefix = variant.get("prefix", words.get("prefix", "off"))
+    told = [] if prefix == "off" else [f"prefix {prefix if isinstance(prefix, str) else len(prefix)}"]
+    told += [spoken(t) for t in variant.get("transforms", words.get("transforms", []))]
     ranges = {k.removesuffix("s"): s.get("observer", "absmax") for k, s in sections.items()}
     told += [f"{k} ranges {observer}" for k, observer in ranges.items() if observer != "absmax"]
     told += [spoken(method)] if method != "rtn" else []

@@ -76,6 +76,7 @@ def test_every_mode_begins_with_its_plain_counterpart_and_every_entry_is_a_recip
 def test_a_counterpart_keeps_the_mode_and_nothing_of_the_method() -> None:
     words = {
         "modes": [{"name": "served", "mode": "a8w8", "method": {"gptq": {}}, "activations": {"observer": "mse"}}],
+        "prefix": "auto",
         "weights": {"granularity": "channel", "observer": "mse"},
         "activations": {"dynamic": True},
         "transforms": [{"smooth": {"alpha": 0.5, "targets": ["attn_in", "mlp_in"]}}],
@@ -83,7 +84,7 @@ def test_a_counterpart_keeps_the_mode_and_nothing_of_the_method() -> None:
         "rules": [{"match": "*", "mode": "float"}],
     }
     assert made.method_of(words) == (
-        "smooth (alpha 0.5, targets attn_in-mlp_in) + weight ranges mse + activation ranges mse + gptq + "
+        "prefix auto + smooth (alpha 0.5, targets attn_in-mlp_in) + weight ranges mse + activation ranges mse + gptq + "
         "inputs of the quantized blocks + 1 rules"
     )
     assert made.counterpart(words) == {
