@@ -2,7 +2,7 @@
 // query of a tile (all heads of a KV group, several tokens), with the online softmax of Milakov & Gimelshein 2018.
 #pragma once
 
-#include "attention_few.h"
+#include "attention_soften.h"
 
 namespace quantbench::QB_ISA {
 
@@ -11,11 +11,11 @@ static void decode_rows(const uint8_t* page, CacheKind kind, int64_t size, int64
     for (int64_t j = from; j < to; ++j) {
         const uint8_t* row = page + j * size * bytes;
         int64_t i = 0;
-        for (; i + W <= size; i += W) store(out + j * padded + i, load_element(row + i * bytes, kind));
+        for (; i + W <= size; i += W) store(out + j * padded + i, load_scaled(row + i * bytes, kind));
         if (i < size) {
             uint8_t last[W * 4] = {};
             std::memcpy(last, row + i * bytes, size_t((size - i) * bytes));
-            store(out + j * padded + i, load_element(last, kind));
+            store(out + j * padded + i, load_scaled(last, kind));
         }
     }
 }
@@ -24,11 +24,12 @@ static void decode_rows(const uint8_t* page, CacheKind kind, int64_t size, int64
 static void score_few(AttentionTile& t, int64_t from, int64_t to) {
     for (int64_t j = from / W * W; j < to; j += W)
         for (int64_t q = 0; q < t.queries; ++q) {
+            const float* query = t.query(q);
             vf part[W];
             for (int l = 0; l < W; ++l) {
                 const float* key = t.k + (j + l) * t.padded;
-                vf acc = load(t.q[q]) * load(key);
-                for (int64_t i = W; i < t.padded; i += W) acc = fma(load(t.q[q] + i), load(key + i), acc);
+                vf acc = load(query) * load(key);
+                for (int64_t i = W; i < t.padded; i += W) acc = fma(load(query + i), load(key + i), acc);
                 part[l] = acc;
             }
             store(t.scores[q] + j, sums_of(part));
@@ -76,10 +77,15 @@ static void transpose_keys(AttentionTile& t, float* rows, int64_t size, int64_t 
         for (int64_t j = 0; j < kPage; ++j) t.k[i * kPage + j] = rows[j * t.padded + i];
 }
 
-template <int M>
-QB_INLINE void score_rows(AttentionTile& t, int64_t q, int64_t size) {
-    constexpr int C = W == 16 ? 4 : 2;
-    for (int64_t c = 0; c < kPage; c += C * W) {
+constexpr int kTileQueries = W == 4 ? 4 : 6;  // of a register tile: with 64 keys or channels, 24 accumulators of 32
+constexpr int kTileVectors = W == 16 ? 4 : 2;
+
+// scores[q + m][key] for keys [0, to), and rubbish behind them up to a multiple of C vectors.
+template <int M, int C>
+QB_INLINE void score_tile(AttentionTile& t, int64_t q, int64_t size, int64_t to) {
+    const float* query = t.query(q);
+    int64_t stride = t.padded;
+    for (int64_t c = 0; c < to; c += C * W) {
         vf acc[M][C];
         QB_UNROLL
         for (int m = 0; m < M; ++m)
@@ -91,7 +97,7 @@ QB_INLINE void score_rows(AttentionTile& t, int64_t q, int64_t size) {
             for (int i = 0; i < C; ++i) b[i] = load(t.k + d * kPage + c + i * W);
             QB_UNROLL
             for (int m = 0; m < M; ++m) {
-                vf x = set1(t.q[q + m][d]);
+                vf x = set1(query[m * stride + d]);
                 QB_UNROLL
                 for (int i = 0; i < C; ++i) acc[m][i] = fma(x, b[i], acc[m][i]);
             }
@@ -104,45 +110,45 @@ QB_INLINE void score_rows(AttentionTile& t, int64_t q, int64_t size) {
 }
 
 template <int M>
-QB_INLINE void add_values(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
-    for (int64_t c = 0; c < t.padded; c += W) {
-        vf acc[M];
-        QB_UNROLL
-        for (int m = 0; m < M; ++m) acc[m] = load(t.out[q + m] + c);
-        for (int64_t j = from; j < to; ++j) {
-            vf v = load(t.v + j * t.padded + c);
-            QB_UNROLL
-            for (int m = 0; m < M; ++m) acc[m] = fma(set1(t.scores[q + m][j]), v, acc[m]);
-        }
-        QB_UNROLL
-        for (int m = 0; m < M; ++m) store(t.out[q + m] + c, acc[m]);
-    }
+QB_INLINE void score_rows(AttentionTile& t, int64_t q, int64_t size, int64_t to) {
+    if (kTileVectors == 4 && to <= 2 * W) return score_tile<M, 2>(t, q, size, to);
+    score_tile<M, kTileVectors>(t, q, size, to);
 }
 
-// Scores become weights e^(s - top); what was summed before is rescaled to the new top.
-static void soften(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
-    float* s = t.scores[q];
-    for (int64_t j = 0; j < smaller(from, kPage); ++j) s[j] = kMasked;
-    for (int64_t j = larger(to, 0); j < kPage; ++j) s[j] = kMasked;
-    vf best = set1(t.top[q]);
-    for (int64_t j = 0; j < kPage; j += W) best = vmax(best, load(s + j));
-    float top = max_lanes(best);
-    if (top == kMasked) {
-        for (int64_t j = 0; j < kPage; ++j) s[j] = 0.0f;
-        return;
+// out[q + m] += weights @ values for channels [c, c + C * W).
+template <int M, int C>
+QB_INLINE void add_tile(AttentionTile& t, int64_t q, int64_t c, int64_t from, int64_t to) {
+    const float* values = t.v + c;
+    const float* weights = t.scores[q];
+    float* out = t.output(q) + c;
+    int64_t stride = t.padded;
+    vf acc[M][C];
+    QB_UNROLL
+    for (int m = 0; m < M; ++m)
+        QB_UNROLL
+        for (int i = 0; i < C; ++i) acc[m][i] = load(out + m * stride + i * W);
+    for (int64_t j = from; j < to; ++j) {
+        vf b[C];
+        QB_UNROLL
+        for (int i = 0; i < C; ++i) b[i] = load(values + j * stride + i * W);
+        QB_UNROLL
+        for (int m = 0; m < M; ++m) {
+            vf x = set1(weights[m * kPage + j]);
+            QB_UNROLL
+            for (int i = 0; i < C; ++i) acc[m][i] = fma(x, b[i], acc[m][i]);
+        }
     }
-    vf total{};
-    for (int64_t j = 0; j < kPage; j += W) {
-        vf x = load(s + j);
-        vf p = x > set1(-1e38f) ? exponential(x - top) : vf{};
-        total = total + p;
-        store(s + j, p);
-    }
-    float keep = t.top[q] == kMasked ? 0.0f : exponential(set1(t.top[q] - top))[0];
-    t.sum[q] = t.sum[q] * keep + sum_lanes(total);
-    t.top[q] = top;
-    if (keep != 1.0f)
-        for (int64_t i = 0; i < t.padded; i += W) store(t.out[q] + i, load(t.out[q] + i) * keep);
+    QB_UNROLL
+    for (int m = 0; m < M; ++m)
+        QB_UNROLL
+        for (int i = 0; i < C; ++i) store(out + m * stride + i * W, acc[m][i]);
+}
+
+template <int M>
+QB_INLINE void add_values(AttentionTile& t, int64_t q, int64_t from, int64_t to) {
+    int64_t c = 0;
+    for (; c + kTileVectors * W <= t.padded; c += kTileVectors * W) add_tile<M, kTileVectors>(t, q, c, from, to);
+    for (; c < t.padded; c += W) add_tile<M, 1>(t, q, c, from, to);
 }
 
 static void load_queries(AttentionTile& t, const Attention& a, int64_t row, int64_t rows, int64_t head, int64_t heads, float scale) {
@@ -152,15 +158,15 @@ static void load_queries(AttentionTile& t, const Attention& a, int64_t row, int6
             int64_t i = r * heads + h;
             const float* q = a.q + ((row + r) * a.q_heads + head + h) * d;
             for (int64_t k = 0; k < t.padded; k += W) {
-                store(t.q[i] + k, k < d ? load_upto(q + k, d - k) * scale : vf{});
-                store(t.out[i] + k, vf{});
+                store(t.query(i) + k, k < d ? load_upto(q + k, d - k) * scale : vf{});
+                store(t.output(i) + k, vf{});
             }
             t.top[i] = kMasked;
             t.sum[i] = 0.0f;
         }
 }
 
-static void score_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, int64_t size, int64_t from, int64_t to) {
+static void score_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, int64_t size, int64_t from, int64_t to, const Sight& sight) {
     if (t.queries <= kFew) {
         decode_rows(page, kind, size, t.padded, from, to, t.k);
         for (int64_t j = from / W * W; j < from; ++j) std::memset(t.k + j * t.padded, 0, size_t(t.padded) * 4);
@@ -170,46 +176,57 @@ static void score_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, i
     decode_rows(page, kind, size, t.padded, from, to, t.v);
     transpose_keys(t, t.v, size, from, to);
     int64_t q = 0;
-    for (; q + 4 <= t.queries; q += 4) score_rows<4>(t, q, size);
-    for (; q < t.queries; ++q) score_rows<1>(t, q, size);
+    for (; q + kTileQueries <= t.queries; q += kTileQueries) score_rows<kTileQueries>(t, q, size, sight.last(q + kTileQueries - 1));
+    for (; q + 3 <= t.queries; q += 3) score_rows<3>(t, q, size, sight.last(q + 2));
+    for (; q < t.queries; ++q) score_rows<1>(t, q, size, sight.last(q));
 }
 
-static void add_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, int64_t size, int64_t from, int64_t to) {
+static void add_pages(AttentionTile& t, const uint8_t* page, CacheKind kind, int64_t size, int64_t from, int64_t to, const Sight& sight) {
     decode_rows(page, kind, size, t.padded, from, to, t.v);
     int64_t q = 0;
-    for (; q + 8 <= t.queries; q += 8) add_values<8>(t, q, from, to);
-    for (; q + 3 <= t.queries; q += 3) add_values<3>(t, q, from, to);
-    for (; q < t.queries; ++q) add_values<1>(t, q, from, to);
+    for (; q + kTileQueries <= t.queries; q += kTileQueries)
+        add_values<kTileQueries>(t, q, larger(from, sight.first(q)), sight.last(q + kTileQueries - 1));
+    for (; q + 3 <= t.queries; q += 3) add_values<3>(t, q, larger(from, sight.first(q)), sight.last(q + 2));
+    for (; q < t.queries; ++q) add_values<1>(t, q, larger(from, sight.first(q)), sight.last(q));
 }
 
 // Tokens [first, last) of one sequence, query heads of one KV head.
 static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, int64_t head, int64_t heads) {
     static thread_local AttentionTile t;
     const Cache& c = a.cache;
-    int64_t row = a.starts[sequence] + first, rows = last - first;
+    int64_t row = a.starts[sequence] + first, rows = last - first, token_bytes = c.size * element_bytes(c.kind);
     int64_t position = a.context[sequence] - (a.starts[sequence + 1] - a.starts[sequence]) + first;
+    const int32_t* table = a.tables + sequence * a.table_width;
     t.queries = rows * heads;
     t.padded = (c.size + W - 1) / W * W;
-    load_queries(t, a, row, rows, head, heads, float(1.0 / __builtin_sqrt(double(c.size))) * c.k_scale[kv_head]);
+    load_queries(t, a, row, rows, head, heads, float(1.0 / __builtin_sqrt(double(c.size))) * c.k_scale[kv_head] * scale_of(c.kind));
     bool direct = t.queries <= kFew && c.size % W == 0;
     int64_t oldest = a.window ? larger(0, position - a.window + 1) : 0, newest = position + rows;
     for (int64_t base = oldest / kPage * kPage; base < newest; base += kPage) {
         int64_t from = larger(oldest - base, 0), to = smaller(kPage, newest - base);
-        int64_t page = a.tables[sequence * a.table_width + base / kPage];
-        int64_t at = (page * c.heads + kv_head) * kPage * c.size * element_bytes(c.kind);
-        if (direct) few_queries_of(c.kind, t, false, c.k + at, c.size, from, to);
-        else score_pages(t, c.k + at, c.kind, c.size, from, to);
-        for (int64_t q = 0; q < t.queries; ++q) {
-            int64_t token = position + q / heads;
-            soften(t, q, a.window ? larger(from, token - a.window + 1 - base) : from, smaller(to, token + 1 - base));
+        Sight sight{position, a.window, base, heads};
+        int64_t at = (table[base / kPage] * c.heads + kv_head) * kPage * token_bytes;
+        if (direct) {
+            prefetch(c.v + at + from * token_bytes, (to - from) * token_bytes);
+            few_queries_of(c.kind, t, false, c.k + at, c.size, from, to);
+        } else {
+            score_pages(t, c.k + at, c.kind, c.size, from, to, sight);
         }
-        if (direct) few_queries_of(c.kind, t, true, c.v + at, c.size, from, to);
-        else add_pages(t, c.v + at, c.kind, c.size, from, to);
+        soften(t, sight);
+        if (direct) {
+            if (base + kPage < newest) {
+                int64_t next = (table[base / kPage + 1] * c.heads + kv_head) * kPage * token_bytes;
+                prefetch(c.k + next, smaller(kPage, newest - base - kPage) * token_bytes);
+            }
+            few_queries_of(c.kind, t, true, c.v + at, c.size, from, to);
+        } else {
+            add_pages(t, c.v + at, c.kind, c.size, from, to, sight);
+        }
     }
     for (int64_t q = 0; q < t.queries; ++q) {
         float* out = a.out + ((row + q / heads) * a.q_heads + head + q % heads) * c.size;
-        float scale = c.v_scale[kv_head] / t.sum[q];
-        for (int64_t i = 0; i < c.size; i += W) store_upto(out + i, load(t.out[q] + i) * scale, c.size - i);
+        float scale = c.v_scale[kv_head] * scale_of(c.kind) / t.sum[q];
+        for (int64_t i = 0; i < c.size; i += W) store_upto(out + i, load(t.output(q) + i) * scale, c.size - i);
     }
 }
 
@@ -219,6 +236,20 @@ static void attention(const Attention& a, int64_t sequence, int64_t kv_head, int
         int64_t heads = smaller(kQueries, group - h), rows = larger(1, kQueries / heads);
         for (int64_t t = first; t < last; t += rows)
             attention_tile(a, sequence, kv_head, t, smaller(t + rows, last), kv_head * group + h, heads);
+    }
+}
+
+// A decoding step's row of one sequence, KV heads [first, last): RoPE, cache write and attention while all is in L1.
+static void decode(const RopeWrite& r, const Attention& a, int64_t sequence, int64_t first, int64_t last) {
+    const Cache& c = a.cache;
+    int64_t token_bytes = c.size * element_bytes(c.kind), context = a.context[sequence];
+    int64_t oldest = a.window ? larger(0, context - a.window) / kPage : 0, tokens = smaller(kPage, context - oldest * kPage);
+    const uint8_t* keys = c.k + a.tables[sequence * a.table_width + oldest] * c.heads * kPage * token_bytes;
+    prefetch(keys + first * kPage * token_bytes, tokens * token_bytes);
+    rope_heads(r, a.starts[sequence], first, last);
+    for (int64_t head = first; head < last; ++head) {
+        if (head + 1 < last) prefetch(keys + (head + 1) * kPage * token_bytes, tokens * token_bytes);
+        attention(a, sequence, head, 0, 1);
     }
 }
 

@@ -10,25 +10,38 @@ constexpr int64_t kHeadBlock = 256;   // largest head the tile buffers hold
 constexpr int64_t kFew = 8;           // up to here keys are used as they lie; above, transposing them pays
 constexpr float kMasked = -3e38f;
 
+// Rows of q, out, k and v are `padded` floats apart: at a distance of 1 KiB they would share few sets of the cache.
 struct AttentionTile {
-    alignas(64) float q[kQueries][kHeadBlock];       // scaled by k_scale / sqrt(d)
-    alignas(64) float out[kQueries][kHeadBlock];
+    alignas(64) float q[kQueries * kHeadBlock];      // scaled by k_scale / sqrt(d)
+    alignas(64) float out[kQueries * kHeadBlock];
     alignas(64) float k[kPage * kHeadBlock];         // [key][d] for few queries, [d][key] for many
     alignas(64) float v[kPage * kHeadBlock];         // [key][d]
     alignas(64) float scores[kQueries][kPage];
     float top[kQueries], sum[kQueries];
     int64_t queries, padded;                         // padded: head size rounded up to W
+
+    float* query(int64_t i) { return q + i * padded; }
+    float* output(int64_t i) { return out + i * padded; }
 };
 
-QB_INLINE vf load_element(const uint8_t* p, CacheKind kind) {
+// What a stored element is multiplied by where it is loaded by `load_scaled`: the queries' and the outputs' scales carry
+// it, which is exact as it is a power of two.
+constexpr float scale_of(CacheKind kind) { return kind == CacheKind::e4m3 ? 256.0f : 1.0f; }
+
+QB_INLINE vf load_scaled(const uint8_t* p, CacheKind kind) {
     switch (kind) {
         case CacheKind::f32: return load((const float*)p);
         case CacheKind::bf16: return load_bf16(p);
         case CacheKind::f16: return load_f16(p);
         case CacheKind::int8: return to_float(load_i8(p));
-        case CacheKind::e4m3: return load_e4m3_over_256(p) * 256.0f;
+        case CacheKind::e4m3: return load_e4m3_over_256(p);
     }
     return vf{};
+}
+
+// Pages lie apart, so the processor cannot guess which comes next: lines are asked for while the one before is used.
+QB_INLINE void prefetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 // W vectors -> the vector of their sums.
@@ -53,22 +66,22 @@ QB_INLINE vf sums_of(const vf* x) {
 
 // Dot products of G queries with one key of V vectors; V 0: of `size` channels.
 template <CacheKind kind, int G, int V>
-QB_INLINE void score_key(const AttentionTile& t, int64_t q, const uint8_t* key, int64_t size, vf* acc) {
+QB_INLINE void score_key(AttentionTile& t, int64_t q, const uint8_t* key, int64_t size, vf* acc) {
     constexpr int64_t bytes = element_bytes(kind);
     QB_UNROLL
     for (int g = 0; g < G; ++g) acc[g] = vf{};
     if constexpr (V > 0) {
         QB_UNROLL
         for (int i = 0; i < V; ++i) {
-            vf x = load_element(key + i * W * bytes, kind);
+            vf x = load_scaled(key + i * W * bytes, kind);
             QB_UNROLL
-            for (int g = 0; g < G; ++g) acc[g] = fma(load(t.q[q + g] + i * W), x, acc[g]);
+            for (int g = 0; g < G; ++g) acc[g] = fma(load(t.query(q + g) + i * W), x, acc[g]);
         }
     } else {
         for (int64_t i = 0; i < size; i += W) {
-            vf x = load_element(key + i * bytes, kind);
+            vf x = load_scaled(key + i * bytes, kind);
             QB_UNROLL
-            for (int g = 0; g < G; ++g) acc[g] = fma(load(t.q[q + g] + i), x, acc[g]);
+            for (int g = 0; g < G; ++g) acc[g] = fma(load(t.query(q + g) + i), x, acc[g]);
         }
     }
 }
@@ -111,7 +124,7 @@ static void add_page(AttentionTile& t, int64_t q, const uint8_t* page, int64_t s
             for (int64_t j = from; j < to; ++j) {
                 QB_UNROLL
                 for (int i = 0; i < C; ++i) {
-                    vf value = load_element(page + (j * size + c + i * W) * bytes, kind);
+                    vf value = load_scaled(page + (j * size + c + i * W) * bytes, kind);
                     QB_UNROLL
                     for (int g = 0; g < G; ++g) acc[g][i] = fma(set1(t.scores[q + g][j]), value, acc[g][i]);
                 }
@@ -119,13 +132,13 @@ static void add_page(AttentionTile& t, int64_t q, const uint8_t* page, int64_t s
         } else {
             for (int64_t j = from; j < to; ++j)
                 for (int64_t i = 0; i < vectors; ++i) {
-                    vf value = load_element(page + (j * size + c + i * W) * bytes, kind);
+                    vf value = load_scaled(page + (j * size + c + i * W) * bytes, kind);
                     for (int g = 0; g < G; ++g) acc[g][i] = fma(set1(t.scores[q + g][j]), value, acc[g][i]);
                 }
         }
         for (int g = 0; g < G; ++g)
             for (int64_t i = 0; i < vectors; ++i) {
-                float* out = t.out[q + g] + c + i * W;
+                float* out = t.output(q + g) + c + i * W;
                 store(out, load(out) + acc[g][i]);
             }
     }

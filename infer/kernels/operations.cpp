@@ -121,4 +121,17 @@ void run_attention(const Table& table, const Attention& a) {
     for (int64_t i = 0; i < int64_t(tasks.size()); ++i) one(i);
 }
 
+int64_t run_decode(const Table& table, const RopeWrite& rope, const Attention& a, const Quantize& q) {
+    int64_t width = a.q_heads * a.cache.size, heads = a.cache.heads;
+    auto pool = Pool::shared();
+    if (a.sequences < pool->threads() && attention_work(a) >= kSmallWork * 4) {
+        pool->run(a.sequences * heads, [&](int64_t i) { table.decode(rope, a, i / heads, i % heads, i % heads + 1); });
+        return run_quantize(table, a.out, a.sequences, width, q);
+    }
+    return rows_of(a.sequences, attention_work(a) / a.sequences, [&](int64_t first, int64_t last) {
+        for (int64_t s = first; s < last; ++s) table.decode(rope, a, s, 0, heads);
+        return table.quantize(a.out, width, q, first, last);
+    });
+}
+
 }  // namespace quantbench

@@ -30,6 +30,9 @@ int64_t run_silu_mul(const Table&, SiluMul);
 
 void run_rope_write(const Table&, const RopeWrite&);
 void run_attention(const Table&, const Attention&);
+// Both and the quantization of the output, for sequences of one row each: a task does all it can of a sequence. Without a
+// format, the output stays in Attention::out.
+int64_t run_decode(const Table&, const RopeWrite&, const Attention&, const Quantize&);
 int64_t attention_work(const Attention&);  // multiplications and additions that a causal mask leaves out included
 double cache_bytes(const Attention&);      // of the keys and values that are read
 

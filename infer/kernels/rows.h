@@ -162,31 +162,31 @@ QB_INLINE void rotate(const float* x, const float* cos, const float* sin, int64_
 
 constexpr int64_t kLargestHead = 512;
 
-static void rope_write(const RopeWrite& r, int64_t first, int64_t last) {
+// Row t: the query, key and value heads of KV heads [first, last).
+static void rope_heads(const RopeWrite& r, int64_t t, int64_t first, int64_t last) {
     const Cache& c = r.cache;
-    int64_t d = c.size, bytes = element_bytes(c.kind), width = (r.q_heads + 2 * c.heads) * d;
+    int64_t d = c.size, bytes = element_bytes(c.kind), group = r.q_heads / c.heads;
     float normed[kLargestHead], turned[kLargestHead];
-    for (int64_t t = first; t < last; ++t) {
-        const float* row = r.qkv + t * width;
-        const float *cos = r.cos + r.positions[t] * (d / 2), *sin = r.sin + r.positions[t] * (d / 2);
-        int64_t page = r.slots[t] / kPage, offset = r.slots[t] % kPage;
-        for (int64_t h = 0; h < r.q_heads + c.heads; ++h) {
-            const float* x = row + h * d;
-            const float* norm = h < r.q_heads ? r.q_norm : r.k_norm;
-            if (norm) {
-                scale_by(x, inverse_rms(x, d, r.eps), norm, d, normed);
-                x = normed;
-            }
-            if (h < r.q_heads) {
-                rotate(x, cos, sin, d / 2, r.q + (t * r.q_heads + h) * d);
-                continue;
-            }
-            int64_t head = h - r.q_heads, at = (page * c.heads + head) * kPage + offset;
-            rotate(x, cos, sin, d / 2, turned);
-            store_head(turned, d, c.k_scale[head], c.kind, c.k + at * d * bytes);
-            store_head(row + (h + c.heads) * d, d, c.v_scale[head], c.kind, c.v + at * d * bytes);
-        }
+    const float* row = r.qkv + t * (r.q_heads + 2 * c.heads) * d;
+    const float *cos = r.cos + r.positions[t] * (d / 2), *sin = r.sin + r.positions[t] * (d / 2);
+    int64_t page = r.slots[t] / kPage, offset = r.slots[t] % kPage;
+    auto prepared = [&](int64_t h, const float* norm) {
+        const float* x = row + h * d;
+        if (!norm) return x;
+        scale_by(x, inverse_rms(x, d, r.eps), norm, d, normed);
+        return (const float*)normed;
+    };
+    for (int64_t h = first * group; h < last * group; ++h) rotate(prepared(h, r.q_norm), cos, sin, d / 2, r.q + (t * r.q_heads + h) * d);
+    for (int64_t h = first; h < last; ++h) {
+        int64_t at = ((page * c.heads + h) * kPage + offset) * d * bytes;
+        rotate(prepared(r.q_heads + h, r.k_norm), cos, sin, d / 2, turned);
+        store_head(turned, d, c.k_scale[h], c.kind, c.k + at);
+        store_head(row + (r.q_heads + c.heads + h) * d, d, c.v_scale[h], c.kind, c.v + at);
     }
+}
+
+static void rope_write(const RopeWrite& r, int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) rope_heads(r, t, 0, r.cache.heads);
 }
 
 // Rows of a packed float table: channel k of row n lies at panel n / 32, place k * 32 + n % 32.

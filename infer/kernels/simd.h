@@ -193,17 +193,45 @@ QB_INLINE vf exponential(vf x) {
     return bits_to_float(float_to_bits(p) + (truncate(n) << 23));
 }
 
+QB_INLINE vi lane_numbers() {
+#if defined(QB_AVX512)
+    return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(QB_AVX2)
+    return vi{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    return vi{0, 1, 2, 3};
+#endif
+}
+
+// Sum and maximum of all lanes, as a tree of halves on every instruction set.
+#if defined(QB_AVX512) || defined(QB_AVX2)
+#if defined(QB_AVX512)
+QB_INLINE __m256 low_half(vf v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+QB_INLINE __m256 high_half(vf v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+QB_INLINE __m256 halves_summed(vf v) { return low_half(v) + high_half(v); }
+QB_INLINE __m256 larger_half(vf v) { return _mm256_max_ps(low_half(v), high_half(v)); }
+#else
+QB_INLINE __m256 halves_summed(vf v) { return v; }
+QB_INLINE __m256 larger_half(vf v) { return v; }
+#endif
 QB_INLINE float sum_lanes(vf v) {
-    float x[W];
-    std::memcpy(x, &v, sizeof x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
+    __m256 eight = halves_summed(v);
+    __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+    __m128 two = four + _mm_movehl_ps(four, four);
+    return two[0] + two[1];
 }
 QB_INLINE float max_lanes(vf v) {
-    float best = v[0];
-    for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
-    return best;
+    __m256 eight = larger_half(v);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return two[0] > two[1] ? two[0] : two[1];
 }
+#else
+QB_INLINE float sum_lanes(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+QB_INLINE float max_lanes(vf v) {
+    float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+}
+#endif
 
 }  // namespace quantbench::QB_ISA

@@ -86,7 +86,8 @@ bool Step::run(Index32 ids, Index32 positions, Index64 slots, Index32 starts, In
     for (int64_t i = 0; i < t; ++i) require(ids.data()[i] >= 0 && ids.data()[i] < embedding_.view().rows, "a token id is beyond the table");
     for (int64_t i = 0; i < wanted; ++i) require(rows.data()[i] >= 0 && rows.data()[i] < t, "a wanted row is beyond the batch");
     Batch b{t, int64_t(context.shape(0)), int64_t(tables.shape(1)), wanted, ids.data(), positions.data(), starts.data(),
-            context.data(), tables.data(), slots.data(), rows.data(), cos.data(), sin.data(), logits.data()};
+            context.data(), tables.data(), slots.data(), rows.data(), cos.data(), sin.data(), logits.data(), true};
+    for (int64_t s = 0; s <= b.sequences; ++s) b.decoding = b.decoding && b.starts[s] == s;
     nb::gil_scoped_release release;
     std::lock_guard lock(busy_);
     return blocks(b) && (wanted == 0 || head(b));
@@ -109,14 +110,19 @@ bool Step::block(const Batch& b, const Block& layer, bool first) {
     float *attended = attended_.of<float>(t * q_width), *gate_up = gate_up_.of<float>(t * layer.gate_up.rows);
 
     if (!norm(x, first ? nullptr : delta, layer.attn_norm, layer.qkv, t) || !linears(kQkv, layer.qkv, t, qkv)) return false;
-    run_rope_write(table_, {qkv, b.positions, b.slots, b.cos, b.sin, layer.q_norm ? layer.q_norm->data() : nullptr,
-                            layer.k_norm ? layer.k_norm->data() : nullptr, eps_, q, t, heads, cache});
-    done(kRope, double(t) * double(layer.qkv.rows + q_width) * 4, 0);
+    RopeWrite rope{qkv, b.positions, b.slots, b.cos, b.sin, layer.q_norm ? layer.q_norm->data() : nullptr,
+                   layer.k_norm ? layer.k_norm->data() : nullptr, eps_, q, t, heads, cache};
     Attention a{q, attended, b.starts, b.context, b.tables, b.table_width, b.sequences, heads, layer.window, cache};
-    run_attention(table_, a);
     input_ = output(layer.o.spec, t, q_width);
     if (input_.format == Quant::none) input_.values = attended;
-    else if (run_quantize(table_, attended, t, q_width, input_) >= 0) return false;
+    if (b.decoding) {
+        if (run_decode(table_, rope, a, input_) >= 0) return false;
+    } else {
+        run_rope_write(table_, rope);
+        done(kRope, double(t) * double(layer.qkv.rows + q_width) * 4, 0);
+        run_attention(table_, a);
+        if (run_quantize(table_, attended, t, q_width, input_) >= 0) return false;
+    }
     done(kAttention, cache_bytes(a), double(attention_work(a)) * 2);
 
     if (!linears(kO, layer.o, t, delta) || !norm(x, delta, layer.mlp_norm, layer.gate_up, t)) return false;

@@ -83,6 +83,7 @@ private:
         const int64_t *slots, *rows;
         const float *cos, *sin;
         float* logits;
+        bool decoding;  // one row of each sequence
     };
     bool blocks(const Batch& b);
     bool block(const Batch& b, const Block& layer, bool first);

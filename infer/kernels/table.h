@@ -128,6 +128,7 @@ struct Table {
     int64_t (*silu_mul)(const SiluMul&, int64_t first, int64_t last);
     void (*rope_write)(const RopeWrite&, int64_t first, int64_t last);
     void (*attention)(const Attention&, int64_t sequence, int64_t head, int64_t first_row, int64_t last_row);
+    void (*decode)(const RopeWrite&, const Attention&, int64_t sequence, int64_t first_head, int64_t last_head);
     void (*embed)(const Embed&, int64_t first, int64_t last);
     int64_t (*observe)(const Observe&, int64_t first_channel, int64_t last_channel);
     float (*absmax)(const float* x, int64_t t, int64_t channels, int64_t first, int64_t last);
