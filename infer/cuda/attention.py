@@ -14,8 +14,8 @@ import numpy as np
 from quantbench.infer.cuda import rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
-from quantbench.infer.cuda.device import Device
-from quantbench.infer.cuda.kinds import DTYPES, F32, kind_of
+from quantbench.infer.cuda.device import Device, Kernel
+from quantbench.infer.cuda.kinds import BF16, DTYPES, F16, F32, kind_of
 from quantbench.infer.ops.types import FLOAT, PAGE, Activation, ActSpec
 
 SHARED = 99 << 10  # bytes that a block may take on every GPU since sm_80
@@ -95,20 +95,38 @@ def _plain(
 def _prefill(
     device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
 ) -> None:
+    size = cache.k.shape[3]
+    if device.hopper and size in (64, 128):
+        kernel, shared = _prefill_hopper(device, q, cache)
+    else:
+        kernel, shared = _prefill_portable(device, q, cache)
+    device.launch(
+        kernel, (-(-batch.max_rows // PREFILL_ROWS), q.shape[1] // size, batch.sequences), 128,
+        q, batch.starts, batch.context, batch.tables, batch.tables.shape[1], cache.k, cache.v, cache.k_scale,
+        cache.v_scale, cache.k.shape[1], window or 0, out, shared=shared,
+    )  # fmt: skip
+
+
+def _prefill_hopper(device: Device, q: DeviceArray, cache: DeviceCache) -> tuple[Kernel, int]:
+    """The kernel, and its bytes of shared memory: queries, a page as 16-bit numbers (of codes), two stages."""
+    size, codes = cache.k.shape[3], cache.k.dtype.itemsize == 1
+    macros = _macros(q, cache, q.shape[1] // size)
+    element = BF16 if kind_of(cache.k.dtype) == BF16 else F16
+    kernel = device.kernel("prefill_hopper.cu", "attention_prefill", ELEMENT=element, **macros)
+    page = 2 * PAGE * size
+    return kernel, 1024 + PREFILL_ROWS * size * 2 + (2 * page + 2 * page if codes else 2 * 2 * page)
+
+
+def _prefill_portable(device: Device, q: DeviceArray, cache: DeviceCache) -> tuple[Kernel, int]:
     size, codes = cache.k.shape[3], cache.k.dtype.itemsize == 1
     keys = 64 if size <= 128 else 32
     row = size * 2 + 16
     fixed = PREFILL_ROWS * row + (2 * keys * row if codes else 0)
     stage = 2 * keys * (size if codes else row)
     stages = 2 if fixed + 2 * stage <= SHARED else 1
-    kernel = device.kernel(
-        "prefill.cu", "attention_prefill", KEYS=keys, STAGES=stages, **_macros(q, cache, q.shape[1] // size)
-    )
-    device.launch(
-        kernel, (-(-batch.max_rows // PREFILL_ROWS), q.shape[1] // size, batch.sequences), 128,
-        q, batch.starts, batch.context, batch.tables, batch.tables.shape[1], cache.k, cache.v, cache.k_scale,
-        cache.v_scale, cache.k.shape[1], window or 0, out, shared=fixed + stages * stage,
-    )  # fmt: skip
+    macros = _macros(q, cache, q.shape[1] // size)
+    kernel = device.kernel("prefill.cu", "attention_prefill", KEYS=keys, STAGES=stages, **macros)
+    return kernel, fixed + stages * stage
 
 
 def _decode(
