@@ -20,6 +20,7 @@ from quantbench.quantizers.bias_correction import corrected_bias
 from quantbench.quantizers.finite import require_finite
 from quantbench.quantizers.kv_smooth import fold_into_keys
 from quantbench.quantizers.methods import METHODS
+from quantbench.quantizers.shift import fold_shift
 from quantbench.quantizers.smooth import fold_into_inputs, fold_into_norm, fold_into_outputs, repeat_heads
 from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight
 from quantbench.scales.arrays import F32, Array
@@ -100,6 +101,8 @@ def _cache_scales(prefix: str, table: ScaleTable) -> dict[str, Array]:
 def fold_block(layer: int, weights: Mapping[str, F32], table: ScaleTable, config: ModelConfig) -> dict[str, F32]:
     """The block's weights behind its transforms: the same float function, other ranges."""
     folded = dict(weights)
+    for shift in _shifts(layer, table):
+        folded |= fold_shift(folded, shift, config.num_heads, config.head_dim)
     for source, factors in smoothing(layer, table).items():
         if source == KEYS:
             folded |= fold_into_keys(folded, factors, config.num_heads, config.head_dim)
@@ -124,6 +127,21 @@ def transformed(
     """Statistics of the taps behind the block's transforms, as far as they can be derived (statistics.scaled)."""
     factors = tap_factors(layer, table, config)
     return {tap: scaled(s, factors[tap]) if tap in factors else s for tap, s in statistics.items()}
+
+
+def tap_shifts(layer: int, table: ScaleTable, config: ModelConfig) -> dict[str, F32]:
+    """Tap -> f32[C] by which a shift moves it down, before the factors multiply it."""
+    return {
+        tap: repeat_heads(shift, config.num_heads, config.head_dim) if tap == "o_in" else shift
+        for shift in _shifts(layer, table)
+        for tap in ("o_in", "v")
+    }
+
+
+def _shifts(layer: int, table: ScaleTable) -> list[F32]:
+    """What the block's values move down by [KV*d], where there is a shift."""
+    name = f"{block_prefix(layer)}.self_attn.v_proj.shift"
+    return [table[name].scale] if name in table else []
 
 
 def tap_factors(layer: int, table: ScaleTable, config: ModelConfig) -> dict[str, F32]:

@@ -15,12 +15,18 @@ from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.models import FAMILIES, LINEARS, TAPS, ModelConfig, biased
 from quantbench.vocabulary import VariantPlan
 
-WORD = "bias_correction"
+WORD, SHIFT = "bias_correction", "shift"
+MOVED = frozenset({"self_attn.v_proj", "self_attn.o_proj"})  # whose biases carry a shift of o_in
+
+
+def holdable(config: ModelConfig) -> frozenset[str]:
+    """Linears of a block that have a bias, or can have one."""
+    return biased(config).union(*(names for _, names in FAMILIES[config.family].bias_switches))
 
 
 def correctable(config: ModelConfig) -> tuple[str, ...]:
     """The taps of which every linear has a bias, or can have one."""
-    possible = biased(config).union(*(names for _, names in FAMILIES[config.family].bias_switches))
+    possible = holdable(config)
     return tuple(tap for tap in TAPS if all(line.name in possible for line in LINEARS if line.tap == tap))
 
 
@@ -33,7 +39,8 @@ def corrected_taps(variant: VariantPlan, config: ModelConfig) -> tuple[str, ...]
 def wanted_biases(variant: VariantPlan, config: ModelConfig) -> frozenset[str]:
     """Linears of a block that the variant's transforms give a bias, by name within the block."""
     taps = corrected_taps(variant, config)
-    return frozenset(line.name for line in LINEARS if line.tap in taps)
+    corrected = frozenset(line.name for line in LINEARS if line.tap in taps)
+    return corrected | MOVED if any(SHIFT in words for words in variant.transforms) else corrected
 
 
 def held_biases(config: ModelConfig, variant: VariantPlan) -> frozenset[str]:
@@ -66,6 +73,12 @@ def require_biases(config: ModelConfig, variants: Iterable[VariantPlan]) -> None
 
 
 def _impossible(config: ModelConfig, variant: VariantPlan) -> Iterator[str]:
+    if any(SHIFT in words for words in variant.transforms) and (fixed := MOVED - holdable(config)):
+        names = ", ".join(sorted(name.split(".")[-1] for name in fixed))
+        yield (
+            f"{variant.name}: {SHIFT}: moving o_in takes biases of v_proj and o_proj, and {names} of a {config.family} "
+            "model cannot hold one in the checkpoint's format; leave it out for this model"
+        )
     possible = correctable(config)
     if any(WORD in words for words in variant.transforms):
         taps = corrected_taps(variant, config)

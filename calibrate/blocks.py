@@ -19,7 +19,7 @@ from pathlib import Path
 
 from quantbench.calibrate.apply import apply_block
 from quantbench.calibrate.biases import with_biases
-from quantbench.calibrate.choose import Reobserve, choose_block, choose_head
+from quantbench.calibrate.choose import choose_block, choose_head
 from quantbench.calibrate.collect import Collect, advance_block, collect_block
 from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.diagnosis import Diagnosis, merge_files
@@ -29,7 +29,7 @@ from quantbench.calibrate.prefix import Search, folded, of_model, prefix_for
 from quantbench.calibrate.rotated import Turn, first_hidden, model_of, rotation_table
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
-from quantbench.calibrate.transforms import Block, Sample, hessian_taps
+from quantbench.calibrate.transforms import Block, Reobserve, Sample, hessian_taps
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.source import ModelSource
@@ -130,9 +130,10 @@ def observe_again(
     weights: Mapping[str, Float],
     hidden: HiddenStates,
     factors: Mapping[str, Float],
+    shifts: Mapping[str, Float],
 ) -> dict[str, stats.Statistics]:
-    """Statistics of tap · factor: a second look at one block, behind transforms whose ranges cannot be derived."""
-    again = replace(options, taps=tuple(factors), factors=factors)
+    """Statistics of (tap - shift) · factor: a second look at one block, where they cannot be derived."""
+    again = replace(options, taps=tuple({**factors, **shifts}), factors=factors, shifts=shifts)
     return collect_block(job.forward, layer, weights, hidden, again, advance=False)[0]
 
 
@@ -141,10 +142,10 @@ def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
     if stream.quantized:
         raise CalibrationError("--from choose: with quantized inputs every block sees the last one: use --from collect")
 
-    def refuse(_: Mapping[str, Float]) -> dict[str, stats.Statistics]:
+    def refuse(factors: Mapping[str, Float], shifts: Mapping[str, Float]) -> dict[str, stats.Statistics]:
         raise CalibrationError(
-            "--from choose: this recipe's observer needs a second look behind its transforms: use --from collect, "
-            "or the absmax observer, whose ranges are derived"
+            "--from choose: this recipe needs a second look behind its transforms, for its observer or a shift: use "
+            "--from collect, or the absmax observer, whose ranges are derived, and no shift"
         )
 
     writers = writers_of(job, stream)
@@ -179,13 +180,13 @@ def decide_and_write(
     writers: Mapping[str, CheckpointWriter],
     layer: int,
     weights: Mapping[str, Float],
-    seen: dict[str, stats.Statistics],
+    observed: Mapping[str, stats.Statistics],
     looks: Looks,
 ) -> None:
     """One block of every variant: its scale table to work/, its tensors to the checkpoint's shard."""
     config = job.source.config
     for name, writer in writers.items():
-        variant, diagnosis = job.variants[name], Diagnosis()
+        variant, diagnosis, seen = job.variants[name], Diagnosis(), dict(observed)
         table = choose_block(layer, weights, seen, variant, config, looks.reobserve, looks.sample, diagnosis)
         table.save(table_folder(job, variant, layer))
         writer.add_block(layer, apply_block(layer, weights, table, variant, config, seen))

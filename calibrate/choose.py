@@ -6,14 +6,15 @@ FP8 weight scales tied to the largest of the group. Every entry says why it is w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from quantbench.calibrate.apply import fold_block, tap_factors, transformed
+from quantbench.calibrate.apply import fold_block, tap_factors, tap_shifts, transformed
 from quantbench.calibrate.diagnosis import Behind, Diagnosis
-from quantbench.calibrate.transforms import TRANSFORMS, Block, Sample
+from quantbench.calibrate.transforms import TRANSFORMS, Block, Reobserve, Sample
+from quantbench.calibrate.transforms.shift import behind_shift
 from quantbench.calibrate.transforms.weight_entries import fused_groups, short, weight_entries
 from quantbench.errors import CalibrationError
 from quantbench.infer.models import LINEARS, ModelConfig
@@ -25,13 +26,11 @@ from quantbench.scales.statistics import Statistics
 from quantbench.scales.table import Entry, ScaleTable
 from quantbench.vocabulary import LayerPlan, VariantPlan
 
-Reobserve = Callable[[dict[str, F32]], dict[str, Statistics]]  # {tap: factors} -> statistics of x * factors
-
 
 def choose_block(
     layer: int,
     weights: Mapping[str, F32],
-    statistics: Mapping[str, Statistics],
+    statistics: dict[str, Statistics],
     variant: VariantPlan,
     config: ModelConfig,
     reobserve: Reobserve | None = None,
@@ -40,12 +39,12 @@ def choose_block(
 ) -> ScaleTable:
     """The scale table of one block under one variant; empty where nothing of the block is quantized.
 
-    `reobserve` gives the statistics of taps behind transforms; it is called, at most once, only where an observer other
-    than absmax decides such a tap. `sample` gives rows of taps; only searches over transforms ask for it. `diagnosis`
-    is told the noise before and behind every transform. Raises CalibrationError (NaN, absent statistics, no rows to
-    search on), RecipeError (unknown words).
+    `reobserve` gives the statistics of taps behind transforms; it is called where an observer other than absmax decides
+    such a tap, and behind a shift: the moved taps' statistics then replace those in `statistics`, for apply_block.
+    `sample` gives rows of taps; only searches and means ask for it. `diagnosis` is told the noise before and behind
+    every transform. Raises CalibrationError (NaN, absent statistics, no rows), RecipeError (unknown words).
     """
-    block = Block(layer, weights, statistics, variant, config, sample)
+    block = Block(layer, weights, statistics, variant, config, sample, reobserve)
     table, before = ScaleTable(), ""
     words = [(name, options or {}) for word in variant.transforms for name, options in word.items()]
     for name, options in words:
@@ -55,6 +54,9 @@ def choose_block(
             diagnosis(before, block, table)
         for entry in TRANSFORMS[name].decide(block, table, options):
             table.add(entry)
+        if name == "shift":
+            block = behind_shift(block, table)
+            statistics.update(block.statistics)
         before = name
     seen = _observed(block, table, reobserve)
     folded = fold_block(layer, weights, table, config)
@@ -89,7 +91,8 @@ def _observed(block: Block, table: ScaleTable, reobserve: Reobserve | None) -> d
             f"{block.prefix}: {', '.join(sorted(again))} must be observed again behind the transforms, because only "
             "the absmax observer follows from what was seen before; use absmax, or allow a second look at the data"
         )
-    return seen | reobserve(again)
+    shifts = {tap: s for tap, s in tap_shifts(block.layer, table, block.config).items() if tap in again}
+    return seen | reobserve(again, shifts)
 
 
 def _observers(block: Block, tap: str) -> set[str]:

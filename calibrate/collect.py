@@ -38,7 +38,8 @@ class Collect:
 
     hessian: taps whose sum of x xᵀ is wanted (k and v never); of rows that are `tempered`.
     observers: live observers by name ("paddleslim:hist"), driven batch by batch on every tap.
-    factors: tap -> f32[C]; statistics are of x * factor, to observe again behind a transform not folded yet.
+    factors, shifts: tap -> f32[C]; statistics are of (x - shift) * factor, to observe again behind a transform not
+    folded yet.
     batch: samples per calibration batch (one row of `batch_absmax`); None: as many as make 4,096 tokens.
     """
 
@@ -46,6 +47,7 @@ class Collect:
     hessian: Collection[str] = ()
     observers: Sequence[str] = ()
     factors: Mapping[str, Float] = field(default_factory=dict)
+    shifts: Mapping[str, Float] = field(default_factory=dict)
     batch: int | None = None
 
 
@@ -65,6 +67,8 @@ class _Batch:
     def _observe(self, tap: str, x: Float) -> None:
         options = self._block.options
         flat = np.ascontiguousarray(x.reshape(len(x), -1), np.float32)
+        if tap in options.shifts:
+            flat = flat - options.shifts[tap]
         if tap in options.factors:
             flat = flat * options.factors[tap]
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantbench.calibrate.apply import fold_block
+from quantbench.calibrate.rotated import RotatedSource
 from quantbench.calibrate.sensitivity import Group, quantized_groups
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import LinearWeight, ModelSource
@@ -39,6 +40,7 @@ from quantbench.infer.validate.likelihood import divergence, log_softmax, row_ch
 from quantbench.scales.arrays import F32
 from quantbench.scales.table import ScaleTable
 
+ROTATION = "model.rotate"  # the entry that tells of a rotation of the whole model
 _LARGEST_DRIFT = 1e-3  # relative change of a block's float output that its transforms may make
 _UNMEASURABLE = "cannot be measured one by one. Leave that transform out, or use the estimate"
 
@@ -109,14 +111,18 @@ class Trials:
 def measure(
     trials: Trials, source: ModelSource, checkpoint: ModelSource, table: ScaleTable, tick: Callable[[str], None]
 ) -> dict[str, float]:
-    """Group name -> mean KL in nats, of every group that `checkpoint` holds quantized. `table` is its scale table,
-    `tick` is told each group that is done.
+    """Group name -> mean KL in nats, of every group that `checkpoint` holds quantized. `source` is the float model it
+    was made from, which `trials` runs: behind a rotation the rotated one. `table` is its scale table, `tick` is told
+    each group that is done.
 
-    Raises CalibrationError where a transform also changes what a block hands on (a rotation): the groups have no
-    meaning in the untransformed model.
+    Raises CalibrationError where a transform also changes what a block hands on, so that the groups have no meaning in
+    the float model, and for a checkpoint with a prefix, which the trials have not.
     """
-    if outside := [e.name for e in table if e.kind == "transform" and not e.name.startswith("model.layers.")]:
+    whole = [e.name for e in table if e.kind == "transform" and not e.name.startswith("model.layers.")]
+    if outside := [name for name in whole if name != ROTATION or not isinstance(source, RotatedSource)]:
         raise CalibrationError(f"{outside[0]} transforms more than one block: groups {_UNMEASURABLE}")
+    if checkpoint.prefix is not None:
+        raise CalibrationError(f"{checkpoint.name} has a prefix, without which its groups {_UNMEASURABLE}")
     found: dict[str, float] = {}
     blocks: dict[int, Layer] = {}
     for group in quantized_groups(checkpoint):
@@ -141,7 +147,7 @@ def float_block(trials: Trials, source: ModelSource, number: int, table: ScaleTa
     """The float block behind the transforms that `table` holds for it; the block itself where there are none."""
     plain = trials.layer(number)
     prefix = f"{block_prefix(number)}."
-    if not any(e.kind == "transform" and e.name.startswith(prefix) for e in table):
+    if not any(e.kind in ("transform", "offset") and e.name.startswith(prefix) for e in table):
         return plain
     folded = fold_block(number, source.float_block(number), table, source.config)
     groups: dict[str, Any] = {

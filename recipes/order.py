@@ -28,6 +28,7 @@ class Place:
 _SCALES = "its factors change the weights and ranges that later words decide on"
 ORDER: dict[str, Place] = {
     "rotate": Place(0, "the model is rotated", "weights", "it changes the model that every other word sees"),
+    "shift": Place(1, "shifted", "weights", "it moves the ranges that later words even out"),
     "smooth": Place(2, "scaled", "inputs", _SCALES),
     "piecewise": Place(2, "scaled", "inputs", _SCALES),
     "awq": Place(2, "scaled", "weights", _SCALES),

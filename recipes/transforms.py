@@ -31,6 +31,31 @@ def _shares(value: Any) -> Any:
     return tuple(float(s) for s in shares)
 
 
+def _movable(value: Any) -> Any:
+    if isinstance(value, str) and value in _UNMOVABLE:
+        raise ValueError(f"{value} cannot be shifted: {_UNMOVABLE[value]}. Only o_in can, through v_proj's bias")
+    return value
+
+
+_UNMOVABLE = {
+    "attn_in": "an RMS norm has no bias that could carry the shift",
+    "mlp_in": "an RMS norm has no bias that could carry the shift",
+    "down_in": "a constant does not pass SwiGLU's product",
+}
+ShiftTarget = Annotated[str, BeforeValidator(_movable), Words("shift target", ("o_in",))]
+
+
+class Shift(Section):
+    """Shift (cf. Outlier Suppression+, Wei et al. 2023): the middle of an input's channels moved to zero, by biases."""
+
+    by: Annotated[str, Words("middle", ("mean", "midrange"))] = Field(
+        default="mean", description="mean of a channel, or the middle of its range."
+    )
+    targets: Rows[ShiftTarget] = Field(
+        default=("o_in",), min_length=1, description="Inputs that are moved; only o_in has a place for it."
+    )
+
+
 class Smooth(Section):
     """SmoothQuant (Xiao et al. 2023, eq. 4): moves the difficulty of outlier channels into the weights."""
 
@@ -125,6 +150,7 @@ class Transform(Section):
     key_kind: ClassVar[str] = "transform"
     smooth: Smooth | None = Field(default=None, description="SmoothQuant, alpha fixed or searched.")
     rotate: Rotate | None = Field(default=None, description="Another basis for the same float model. Comes first.")
+    shift: Shift | None = Field(default=None, description="Middles of o_proj's input moved to zero.")
     piecewise: Piecewise | None = Field(default=None, description="Smoothing searched for clusters of channels.")
     awq: Awq | None = Field(default=None, description="AWQ's scale search, for weights.")
     kv_smooth: KvSmooth | None = Field(default=None, description="Keys smoothed for a quantized KV cache.")

@@ -4,12 +4,13 @@ Mathematics is in quantizers/; here is which input belongs to which linears, and
 transform sees the block behind those before it. apply.py folds what is decided. Importing this registers them all.
 """
 
-from quantbench.calibrate.transforms import awq, bias_correction, clip, kv_smooth, piecewise, rotate, smooth
-from quantbench.calibrate.transforms.block import TRANSFORMS, Block, Sample, Transform, hessian_taps
+from quantbench.calibrate.transforms import awq, bias_correction, clip, kv_smooth, piecewise, rotate, shift, smooth
+from quantbench.calibrate.transforms.block import TRANSFORMS, Block, Reobserve, Sample, Transform, hessian_taps
 
 __all__ = [
     "TRANSFORMS",
     "Block",
+    "Reobserve",
     "Sample",
     "Transform",
     "awq",
@@ -19,5 +20,6 @@ __all__ = [
     "kv_smooth",
     "piecewise",
     "rotate",
+    "shift",
     "smooth",
 ]

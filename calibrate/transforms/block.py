@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from quantbench.errors import CalibrationError, RecipeError, unknown
 from quantbench.infer.models import LINEARS, ModelConfig, block_prefix
@@ -17,6 +17,15 @@ from quantbench.vocabulary import DEFAULT_TARGETS, SMOOTH_TARGETS, LayerPlan, Va
 Sample = Callable[[Collection[str]], dict[str, F32]]  # taps -> {tap: some rows of it [T, C]}, untransformed
 
 
+class Reobserve(Protocol):
+    """A second look at a block's data: {tap: factors}, {tap: shifts} -> statistics of (x - shift) * factor.
+
+    Of the taps that either names; a tap without a factor or shift keeps its place or size.
+    """
+
+    def __call__(self, factors: Mapping[str, F32], shifts: Mapping[str, F32]) -> dict[str, Statistics]: ...
+
+
 @dataclass(frozen=True)
 class Block:
     """One block as calibration found it: weights by name within the block, statistics by tap, both untransformed."""
@@ -27,6 +36,7 @@ class Block:
     variant: VariantPlan
     config: ModelConfig
     sample: Sample | None = None
+    look: Reobserve | None = None
 
     @property
     def prefix(self) -> str:

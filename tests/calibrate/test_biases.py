@@ -82,3 +82,11 @@ def test_the_runtime_serves_what_was_corrected(family: str, tmp_path: Path) -> N
     bias = held.linear("model.layers.1.self_attn.v_proj").bias
     assert bias is not None
     assert bias.any()
+
+
+def test_a_shift_takes_two_biases_and_their_class() -> None:
+    shift = variant("a8w8", {"shift": {}})
+    assert held_biases(LLAMA, shift) == {*QKV, "self_attn.o_proj"}
+    with pytest.raises(RecipeError, match="moving o_in takes biases of v_proj and o_proj, and o_proj of a qwen2"):
+        require_biases(CONFIG, [shift])
+    require_biases(QWEN3, [shift])

@@ -154,7 +154,7 @@ def test_smoothing_leaves_weight_only_linears_alone() -> None:
 def test_smoothing_with_another_observer_looks_again_once() -> None:
     calls: list[set[str]] = []
 
-    def look(factors: dict[str, np.ndarray]) -> dict[str, Statistics]:
+    def look(factors: dict[str, np.ndarray], shifts: dict[str, np.ndarray]) -> dict[str, Statistics]:
         calls.append(set(factors))
         return again(factors)
 
@@ -168,7 +168,7 @@ def test_smoothing_with_another_observer_looks_again_once() -> None:
 
 
 def test_absmax_and_dynamic_do_not_look_again() -> None:
-    def never(factors: dict[str, np.ndarray]) -> dict[str, Statistics]:
+    def never(factors: dict[str, np.ndarray], shifts: dict[str, np.ndarray]) -> dict[str, Statistics]:
         pytest.fail(f"looked again at {sorted(factors)}")
 
     choose(variant("a8w8c8", ALL), reobserve=never)

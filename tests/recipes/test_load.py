@@ -121,6 +121,14 @@ CASES = {
     "transforms: [{smoth: {}}]": (
         "recipe:2: transforms[0].smoth: unknown transform 'smoth'. Did you mean smooth? Known: "
     ),
+    "transforms: [{shift: {targets: [mlp_in]}}]": (
+        "recipe:2: transforms[0].shift.targets[0]: mlp_in cannot be shifted: an RMS norm has no bias that could carry "
+        "the shift. Only o_in can, through v_proj's bias"
+    ),
+    "transforms: [{shift: {targets: [down_in]}}]": (
+        "recipe:2: transforms[0].shift.targets[0]: down_in cannot be shifted: a constant does not pass SwiGLU's product"
+    ),
+    "transforms: [{shift: {by: ema}}]": "recipe:2: transforms[0].shift.by: unknown middle 'ema'. Did you mean mean?",
     "transforms: [slide]": "recipe:2: transforms[0]: unknown transform 'slide'. Known: ",
     "transforms: [{smooth: {}, awq: {}}]": "recipe:2: transforms[0]: one transform per list item, for example ",
     "transforms: [{smooth: {alpha: 1.5}}]": (

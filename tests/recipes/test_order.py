@@ -33,6 +33,12 @@ WRONG = {
         "ranges that later words decide on. Move it there",
         "recipe:5: transforms[2].awq: awq belongs before transforms[0] clip: its factors",
     ],
+    "transforms: [smooth, shift]": [
+        "recipe:2: transforms[1].shift: shift belongs before transforms[0] smooth: it moves the ranges that later words"
+    ],
+    "transforms: [bias_correction, clip]": [
+        "recipe:2: transforms[1].clip: clip belongs before transforms[0] bias_correction: it decides the ranges"
+    ],
     "transforms: [clip, clip]": [
         "recipe:2: transforms[1].clip: attn_in, o_in, mlp_in, down_in are clipped already by transforms[0] clip; give"
     ],
@@ -66,7 +72,7 @@ def test_what_makes_no_sense_is_told_with_its_place(text: str, problems_of: Prob
 @pytest.mark.parametrize(
     "text",
     [
-        "transforms: [rotate, smooth, clip]\nmethod: gptq",
+        "transforms: [rotate, shift, smooth, clip, bias_correction]\nmethod: gptq",
         "transforms: [{smooth: {targets: [down_in]}}, {awq: {targets: [attn_in, mlp_in]}}, clip]",
         "transforms: [{awq: {targets: [attn_in]}}, {smooth: {targets: [down_in]}}]",
         "transforms: [{clip: {targets: [attn_in]}}, {clip: {targets: [mlp_in], hessian: diagonal}}]",
