@@ -16,7 +16,7 @@ from typing import Any
 
 from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.data import TokenBatches, load_tokens
-from quantbench.calibrate.rotated import model_of
+from quantbench.calibrate.rotated import Turn, model_of
 from quantbench.calibrate.sensitivity import HEAD, estimate_block, quantized_groups
 from quantbench.calibrate.trials import Trials, measure
 from quantbench.errors import RequestError
@@ -68,17 +68,20 @@ def measured_losses(folder: Path, run: Run, names: Iterable[str], asked: Measure
         "tokens": batches.tokens, "data": batches.source, "tokens_sha256": batches.sha256, "variants": {},
     }  # fmt: skip
     document["variants"] = _kept(folder / FILE, document)
-    trials: Trials | None = None
+    windows = [ids[:length].tolist() for ids, length in zip(batches.ids, batches.lengths, strict=True)]
+    held: tuple[Turn | None, Trials] | None = None  # one float model in memory at a time
     found: Losses = {}
     for name in names:
         checkpoint, table = _opened(folder, name)
         kept = document["variants"].get(name, {})
         if kept.get("checkpoint_sha256") != checkpoint.sha256():
             progress.stage(f"measure {name}", len(quantized_groups(checkpoint)))
-            if trials is None:
-                windows = [ids[:length].tolist() for ids, length in zip(batches.ids, batches.lengths, strict=True)]
-                trials = Trials(run.source, windows, asked.threads)
-            losses = measure(trials, run.source, checkpoint, table, lambda _: progress.advance())
+            variant = run.plan.variants[name]
+            model, turn = model_of(run.source, variant), Turn.of(variant)
+            if held is None or held[0] != turn:
+                held = None
+                held = turn, Trials(model, windows, asked.threads)
+            losses = measure(held[1], model, checkpoint, table, lambda _: progress.advance())
             kept = {"checkpoint_sha256": checkpoint.sha256(), "kl": losses}
             document["variants"][name] = kept
             write_atomically(folder / FILE, json.dumps(document, indent=1).encode())

@@ -10,14 +10,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quantbench.calibrate.apply import fold_block
+from quantbench.calibrate.rotated import model_of, rotation_table
 from quantbench.calibrate.sensitivity import groups_of, quantized_groups
 from quantbench.calibrate.trials import Trials, float_block, measure
 from quantbench.errors import CalibrationError
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.source import LinearWeight, ModelSource, open_model
 from quantbench.infer.engine import Engine
 from quantbench.infer.models import block_prefix
 from quantbench.infer.validate.likelihood import divergence, log_softmax
 from quantbench.scales.table import ScaleTable
+from quantbench.vocabulary import CachePlan, VariantPlan, parse_mode
 
 WINDOWS = [np.random.default_rng(s).integers(1, 512, n).tolist() for s, n in ((0, 70), (1, 33))]
 
@@ -120,6 +123,29 @@ def test_a_transform_that_changes_what_a_block_hands_on_is_refused(
     doubled.tensors = {name: model.read(name) * np.float32(2)}
     with pytest.raises(CalibrationError, match=r"model\.layers\.2: its transforms change .*cannot be measured"):
         float_block(trials, doubled, 2, of_run(tiny_run, "a8w8")[1])
+
+
+def test_a_rotated_model_is_the_same_function_and_its_groups_can_be_measured(
+    trials: Trials, model: ModelSource, tiny_run: Path
+) -> None:
+    """Codes of the plain model in the place of rotated weights would be a disaster; its own rounding is a trifle."""
+    checkpoint, table = of_run(tiny_run, "weight_only_int8")
+    turned = model_of(model, VariantPlan("v", parse_mode("weight_only_int8"), "float32", CachePlan("float32"), {},
+                                         ({"rotate": {}},)))  # fmt: skip
+    rotated = Trials(turned, WINDOWS)
+    np.testing.assert_allclose(rotated._base, trials._base, atol=1e-3)
+    table = ScaleTable.merge(table, rotation_table(turned))
+    with pytest.raises(CalibrationError, match=r"model\.rotate transforms more than one block"):
+        measure(trials, model, checkpoint, table, lambda _: None)
+    assert max(measure(rotated, turned, checkpoint, table, lambda _: None).values()) > 0.1
+
+
+def test_a_checkpoint_with_a_prefix_is_refused(trials: Trials, model: ModelSource, tiny_run: Path) -> None:
+    checkpoint, table = of_run(tiny_run, "weight_only_int8")
+    keys = np.zeros((3, 1, 2, 16), np.float32)
+    prefixed = replace(checkpoint, prefix=Prefix((1,), keys, keys))
+    with pytest.raises(CalibrationError, match=r"weight_only_int8 has a prefix, without which its groups cannot be"):
+        measure(trials, model, prefixed, table, lambda _: None)
 
 
 def test_a_transform_of_the_whole_model_is_refused(trials: Trials, model: ModelSource, tiny_run: Path) -> None:
