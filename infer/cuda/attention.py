@@ -20,6 +20,7 @@ from quantbench.infer.ops.types import FLOAT, PAGE, Activation, ActSpec
 
 SHARED = 99 << 10  # bytes that a block may take on every GPU since sm_80
 RING = 56 << 10  # bytes for the stages of a decoding block: several blocks share a multiprocessor
+MULTIPROCESSOR = 227 << 10  # bytes of shared memory that the blocks of a multiprocessor have together (Hopper)
 PREFILL_ROWS = 64
 SPLITS = 64  # at most
 
@@ -62,10 +63,10 @@ def decode_attention(
     """Everything between the qkv and the o projection of a decode step (one row per sequence): norms and RoPE, K and V
     into pages, attention, quantized as `spec` says. For what `fuses_decode` allows."""
     turn = Turn(rope, norms, eps)
-    if _splits(device, batch, cache) > 1:
+    heads = qkv.shape[1] // cache.k.shape[3] - 2 * cache.k.shape[1]
+    if _splits(device, batch, cache, heads) > 1:
         return _decode(device, qkv, batch, cache, window, None, spec, turn)
-    width = batch.tokens, qkv.shape[1] - 2 * cache.k.shape[1] * cache.k.shape[3]
-    out = device.empty(width, device.dtype)
+    out = device.empty((batch.tokens, heads * cache.k.shape[3]), device.dtype)
     _decode(device, qkv, batch, cache, window, out, FLOAT, turn)
     return rows.quantize(device, out, spec)
 
@@ -141,7 +142,8 @@ def _decode(
 ) -> Activation:
     """Sequences of one row. Splits are joined into `out`, or into what `spec` asks for. With `turn`, q is qkv."""
     kv_heads, size = cache.k.shape[1], cache.k.shape[3]
-    heads, splits = q.shape[1] // size - (2 * kv_heads if turn else 0), _splits(device, batch, cache)
+    heads = q.shape[1] // size - (2 * kv_heads if turn else 0)
+    splits = _splits(device, batch, cache, heads)
     stages, shared = _ring(cache, heads // kv_heads)
     sums = parts = None
     if splits > 1:
@@ -168,10 +170,17 @@ def _decode(
     return rows.combine(device, sums, parts, batch.starts, spec, out)
 
 
-def _splits(device: Device, batch: DeviceBatch, cache: DeviceCache) -> int:
-    """Splits of the pages that finish first: rounds of blocks times the pages of each, and a little for starting."""
-    pages, blocks = -(-batch.max_context // PAGE), batch.sequences * cache.k.shape[1]
-    slots = 3 * device.multiprocessors
+def _splits(device: Device, batch: DeviceBatch, cache: DeviceCache, heads: int) -> int:
+    """Splits of each sequence's pages over blocks."""
+    kv_heads = cache.k.shape[1]
+    _, shared = _ring(cache, heads // kv_heads)
+    slots = device.multiprocessors * min(4, MULTIPROCESSOR // (shared + 1024))
+    return splits_for(-(-batch.max_context // PAGE), batch.sequences * kv_heads, slots)
+
+
+def splits_for(pages: int, blocks: int, slots: int) -> int:
+    """The splits that finish first: rounds of `blocks` times splits over the `slots` of the GPU, each as long as its
+    pages and about one and a half more for starting and joining."""
     return min(range(1, min(pages, SPLITS) + 1), key=lambda n: -(-blocks * n // slots) * (-(-pages // n) + 1.5))
 
 

@@ -195,3 +195,11 @@ def test_a_fused_decode_step_equals_its_parts(
     for here, there in ((pages.k, cache.k), (pages.v, cache.v)):
         different = device.fetch(here).astype(np.float32) != there.astype(np.float32)
         assert different.mean() < 1e-3, f"pages differ at {np.argwhere(different)[:5]}"
+
+
+def test_splits_fill_the_gpu() -> None:
+    assert attention.splits_for(pages=17, blocks=8, slots=528) == 17
+    assert attention.splits_for(pages=17, blocks=256, slots=528) == 2
+    assert attention.splits_for(pages=17, blocks=2048, slots=528) == 1
+    assert attention.splits_for(pages=1, blocks=1, slots=528) == 1
+    assert attention.splits_for(pages=4000, blocks=8, slots=528) <= attention.SPLITS
