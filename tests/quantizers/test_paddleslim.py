@@ -20,6 +20,7 @@ from quantbench.calibrate.paddle_device import import_paddle
 from quantbench.calibrate.paddleslim import live_observer
 from quantbench.quantizers.gptq import gptq
 from quantbench.quantizers.output_loss import output_loss
+from quantbench.quantizers.shift import fold_shift, head_shift
 from quantbench.quantizers.smooth import fold_into_inputs, smooth_factors
 from quantbench.quantizers.weight import dequantize_weight, quantize_weight
 from quantbench.quantizers.weight_range import weight_entry
@@ -106,6 +107,24 @@ def test_smoothing_factors_are_those_of_its_smooth(paddle: ModuleType, alpha: fl
     np.testing.assert_allclose(ours, theirs.numpy().ravel(), rtol=1e-5)
     np.testing.assert_allclose(pair.linear.weight.numpy().T, fold_into_inputs(weight(), ours), rtol=1e-5)
     np.testing.assert_allclose(pair(batches[0]), before, atol=1e-3)
+
+
+def test_the_shift_and_its_biases_are_those_of_its_shift(paddle: ModuleType) -> None:
+    """Of one batch: over several it averages each new middle with the mean of all before. Its norm stands where v_proj
+    is for us, its linear where o_proj is, and every head has values of its own."""
+    from paddleslim.quant.advanced import Shift
+
+    pair, x = Pair(paddle), rows()
+    before, seen = pair(x), pair.between(x).reshape(-1, CHANNELS)
+    old = {"self_attn.v_proj.bias": pair.norm.bias.numpy(), "self_attn.o_proj.bias": pair.linear.bias.numpy()}
+    found = walked(Shift(pair.model, {}), pair, [x])
+    (theirs,) = found.zero_point_dict.values()
+    ours = head_shift(seen, 4, CHANNELS // 4, midrange=True)
+    np.testing.assert_allclose(ours, theirs.numpy().ravel(), rtol=1e-5, atol=1e-6)
+    biases = fold_shift({"self_attn.o_proj.weight": weight()} | old, ours, 4, CHANNELS // 4)
+    np.testing.assert_allclose(biases["self_attn.v_proj.bias"], pair.norm.bias.numpy(), atol=1e-5)
+    np.testing.assert_allclose(biases["self_attn.o_proj.bias"], pair.linear.bias.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pair(x), before, atol=1e-3)
 
 
 def its_gptq(paddle: ModuleType, x: np.ndarray, bits: int, act_order: bool) -> np.ndarray:
