@@ -53,6 +53,7 @@ class RotatedSource(ModelSource):
 
     plain: ModelSource = field(kw_only=True)
     turn: Turn = field(kw_only=True)
+    _last: tuple[int, dict[str, Float]] = field(default=(-1, {}), init=False, repr=False)  # one block, as it was turned
 
     def names(self) -> list[str]:
         return list(model_tensors(self.config))
@@ -71,8 +72,11 @@ class RotatedSource(ModelSource):
         return self.float_block(int(layer))[within]
 
     def float_block(self, layer: int) -> dict[str, Float]:
-        values = self.values.matrix if self.values else None
-        return rotate_block(self.plain.float_block(layer), self.residual.matrix, values)
+        if self._last[0] != layer:
+            self._last = (-1, {})  # never two blocks
+            values = self.values.matrix if self.values else None
+            self._last = (layer, rotate_block(self.plain.float_block(layer), self.residual.matrix, values))
+        return dict(self._last[1])
 
     def linear(self, name: str) -> LinearWeight:
         return LinearWeight(name, self.float_tensor(f"{name}.weight"), self._bias(name))

@@ -13,11 +13,13 @@ import pytest
 from conftest import Command
 
 from quantbench.calibrate.data import eval_windows
+from quantbench.calibrate.rotated import model_of
 from quantbench.calibrate.simulate import simulate
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.engine import Engine
 from quantbench.infer.models import LINEARS
 from quantbench.infer.validate.accuracy import AccuracyTasks, TokenSet, evaluate_accuracy
+from quantbench.vocabulary import CachePlan, VariantPlan, parse_mode
 
 pytestmark = pytest.mark.model
 TEXT = "demo:wikipedia-heldout"
@@ -52,6 +54,15 @@ def test_paddle_and_the_runtime_compute_the_same_logits(source: ModelSource) -> 
     served = Engine.load(source, "fp32").score(window)
     simulated = simulate(source, window, taps=False, cache="float32").logits
     assert np.abs(served - simulated).max() <= 1e-3 * np.abs(simulated).max()
+
+
+def test_a_rotated_model_computes_the_same_logits(source: ModelSource) -> None:
+    plan = VariantPlan("turned", parse_mode("a8w8"), "float32", CachePlan("float32"), {}, ({"rotate": {}},))
+    window = eval_windows(TEXT, 31, 32, source.tokenizer())[0].tolist()
+    plain, turned = (
+        simulate(model, window, taps=False, cache="float32").logits for model in (source, model_of(source, plan))
+    )
+    assert np.abs(turned - plain).max() <= 1e-4 * np.abs(plain).max()
 
 
 def test_the_published_perplexity(source: ModelSource) -> None:
