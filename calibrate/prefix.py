@@ -5,13 +5,14 @@ at once. What counts is the text behind them: how far its largest token stands o
 tokens first (BOS, end of text, newline, full stop, the text's most frequent token); then, while giants remain, the best
 so far with one more of them, or with one of the giants. Windows are short and many because it is what stands first that
 becomes a sink: behind a BOS alone one text in twenty still makes its own (SmolLM2), behind BOS and newline none does.
-The keys and values are those of the same pass, in float32.
+Among those that are about as good the float model's own likelihood of longer windows decides: a prefix is text too, and
+costs or gains up to 1 % of perplexity by what it says. Keys and values are those of the same pass, in float32.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,20 +22,22 @@ import numpy as np
 
 from quantbench.calibrate.apply import tap_factors, tap_shifts
 from quantbench.calibrate.data import TokenBatches
-from quantbench.calibrate.forward import BlockForward, Float, Int
+from quantbench.calibrate.forward import ALL_TAPS, BlockForward, Float, Int
 from quantbench.calibrate.rotated import RotatedSource
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.prefix import Prefix, read_prefix, write_prefix
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.models import TAPS, ModelConfig, block_prefix
+from quantbench.infer.validate.likelihood import token_nll
 from quantbench.quantizers.prefix import giants, largest, spread, token_ratios
 from quantbench.scales.table import ScaleTable, write_atomically
 
 WINDOWS, LENGTH = 192, 4  # of calibration text that every candidate is tried on
+LONG_WINDOWS, LONG_LENGTH = 8, 96  # that likelihoods are taken of
+FINALISTS, CLOSE = 6, 1.3  # candidates, of a spread at most so many times the least, whose likelihoods are taken
 LONGEST = 4  # tokens of a prefix that is searched
 GAIN = 0.9  # of the spread, at most, that one more token must leave
 WORTH = 0.8  # of the plain model's spread, at most, that a searched prefix must leave
-LIKE = 1.1  # candidates within 10 % of the best are as good, and the first of them is taken
 FOLDER, ENTRY = "prefix", "prefix.json"  # of the run folder; of one prefix
 
 
@@ -85,23 +88,35 @@ class Search:
 
     def look(self, candidates: Sequence[tuple[int, ...]]) -> list[Look]:
         """One pass over the blocks for all `candidates`."""
-        windows = self.windows()
+        return self._passed(candidates, self.windows(WINDOWS, LENGTH), ALL_TAPS)
+
+    def likelihoods(self, candidates: Sequence[tuple[int, ...]]) -> list[float]:
+        """Mean negative log-likelihood in nats of the text behind each candidate, by the float model."""
+        windows = self.windows(LONG_WINDOWS, LONG_LENGTH)
+        found = []
+        for look in self._passed(candidates, windows, ()):
+            text = look.hidden[:, len(look.prefix) :]
+            nll = [token_nll(self.forward.head(x), ids) for x, ids in zip(text, windows, strict=True)]
+            found.append(float(np.concatenate(nll).mean()))
+        return found
+
+    def _passed(self, candidates: Sequence[tuple[int, ...]], windows: Int, taps: Collection[str]) -> list[Look]:
         looks = [Look(c, windows.reshape(-1), self.forward.embed(_behind(windows, c))) for c in candidates]
         for layer in range(self.source.config.num_layers):
             self.forward.load(layer, self.source.float_block(layer))
-            for _ in self.forward.each(partial(self._through, layer), looks):
+            for _ in self.forward.each(partial(self._through, layer, taps), looks):
                 pass
         return looks
 
-    def _through(self, layer: int, look: Look) -> None:
+    def _through(self, layer: int, taps: Collection[str], look: Look) -> None:
         lengths = np.full(len(look.hidden), look.hidden.shape[1], np.int32)
-        look.hidden = self.forward.run(look.hidden, lengths, partial(look.record, layer))
+        look.hidden = self.forward.run(look.hidden, lengths, partial(look.record, layer), taps)
 
-    def windows(self) -> Int:
-        """i32[W, 4]; fewer and shorter where there is not as much text."""
+    def windows(self, count: int, length: int) -> Int:
+        """i32[count, length]; fewer and shorter where there is not as much text."""
         text = real_tokens(self.tokens)
-        length = min(LENGTH, len(text))
-        starts = np.unique(np.linspace(0, len(text) - length, WINDOWS).astype(np.int64))
+        length = min(length, len(text))
+        starts = np.unique(np.linspace(0, len(text) - length, count).astype(np.int64))
         return text[starts[:, None] + np.arange(length)]
 
 
@@ -137,20 +152,28 @@ def find_prefix(search: Search, wanted: str | Sequence[int], words: Words) -> Pr
 def searched(search: Search, words: Words) -> tuple[Look, Look, int]:
     """The plain model, the best candidate, and how many were tried: single tokens, then one more at a time."""
     marks = singles(search.tokens, words, search.source.config)
-    plain, *looks = search.look([(), *((i,) for i in marks)])
-    best, tried = _best(looks), len(looks)
+    plain, *tried = search.look([(), *((i,) for i in marks)])
+    best = min(tried, key=lambda look: look.spread)
     while len(best.prefix) < LONGEST and (found := giants(best.ratios, best.ids)):
-        looks = search.look([(*best.prefix, i) for i in dict.fromkeys([*marks, *found[:2]])])
-        tried += len(looks)
-        if _best(looks).spread > GAIN * best.spread:
+        more = dict.fromkeys([*marks, *found[:2]])
+        longer = [(*best.prefix, i) for i in more] + [(i, *best.prefix) for i in more if len(best.prefix) == 1]
+        looks = search.look(list(dict.fromkeys(longer)))
+        tried += looks
+        next_best = min(looks, key=lambda look: look.spread)
+        if next_best.spread > GAIN * best.spread:
             break
-        best = _best(looks)
-    return plain, best, tried
+        best = next_best
+    return plain, _likeliest(search, tried), len(tried)
 
 
-def _best(looks: Sequence[Look]) -> Look:
-    least = min(look.spread for look in looks)
-    return next(look for look in looks if look.spread <= LIKE * least)
+def _likeliest(search: Search, looks: Sequence[Look]) -> Look:
+    """Of the looks with nearly the least spread the one whose text is likeliest; the first of equals."""
+    ranked = sorted(looks, key=lambda look: look.spread)[:FINALISTS]
+    close = [look for look in ranked if look.spread <= CLOSE * ranked[0].spread]
+    if len(close) == 1:
+        return close[0]
+    nll = search.likelihoods([look.prefix for look in close])
+    return close[int(np.argmin(nll))]
 
 
 def singles(tokens: TokenBatches, words: Words, config: ModelConfig) -> list[int]:

@@ -17,6 +17,8 @@ from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.paddle_forward import PaddleForward
 from quantbench.calibrate.prefix import (
     FOLDER,
+    LENGTH,
+    WINDOWS,
     Look,
     Search,
     find_prefix,
@@ -32,6 +34,7 @@ from quantbench.infer.checkpoint.prefix import FILE, Prefix
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.engine import Engine
 from quantbench.infer.models import block_prefix
+from quantbench.infer.validate.likelihood import token_nll
 from quantbench.infer.validate.parity import Parity
 from quantbench.scales.statistics import load
 from quantbench.scales.table import ScaleTable
@@ -92,7 +95,7 @@ def test_giants_are_gone_behind_it(search: Search, found: Prefix) -> None:
     name = "model.layers.0 down_in"
     assert plain.ratios[name].max() > 100 > 10 > after.ratios[name].max()
     assert after.spread < 0.2 * plain.spread
-    assert len(plain.ids) == len(plain.ratios[name]) == search.windows().size
+    assert len(plain.ids) == len(plain.ratios[name]) == search.windows(WINDOWS, LENGTH).size
 
 
 class Table(Search):
@@ -104,14 +107,20 @@ class Table(Search):
         ids, none = np.array([9, 8], np.int32), np.zeros((0, 0, 0), np.float32)
         return [Look(c, ids, none, {"x": np.array([self.known.get(c, 900), 1], np.float32)}) for c in candidates]
 
+    def likelihoods(self, candidates: Sequence[tuple[int, ...]]) -> list[float]:
+        return [3.0 - (c == (7,)) for c in candidates]
+
 
 @pytest.mark.parametrize(
     ("known", "best"),
     [
         ({(0,): 70, (0, 9): 50, (0, 7): 300}, (0, 9)),  # a giant token in front is giant no more
-        ({(0,): 70, (0, 9): 65}, (0,)),  # not worth a token
+        ({(0,): 70, (0, 9): 65, (0, 9, 9): 1}, (0, 9)),  # so little is not worth a third token
         ({(0,): 60, (0, 9): 2}, (0,)),  # no giants left: nothing more is tried
-        ({(0,): 83, (7,): 80, (0, 7): 70, (0, 7, 7): 20}, (0, 7, 7)),  # as good as the best, and asked first
+        ({(0,): 83, (7,): 90, (0, 7): 70, (0, 7, 7): 20}, (0, 7, 7)),
+        ({(0,): 80, (9, 0): 50, (0, 9): 90}, (9, 0)),  # a second token also goes before the first
+        ({(0,): 60, (7,): 62}, (7,)),  # as good, and likelier
+        ({(0,): 30, (7,): 62}, (0,)),
         ({(0,): 800, (0, 0): 700, (0, 0, 0): 600, (0, 0, 0, 0): 500, (0, 0, 0, 0, 0): 1}, (0, 0, 0, 0)),  # four at most
     ],
 )
@@ -122,6 +131,15 @@ def test_tokens_are_added_while_giants_remain(
     text = batches(np.full((1, 4), 7, np.int32))
     table = Table(PaddleForward.of(model), model, text)
     assert searched(table, model.tokenizer())[1].prefix == best
+
+
+def test_likelihoods_are_the_float_models(search: Search, model: ModelSource) -> None:
+    engine, windows = Engine.load(model, "fp32", ops="reference"), search.windows(8, 96)
+    assert windows.shape == (8, 96)
+    nll = [token_nll(engine.score([5, *w.tolist()])[1:], w) for w in windows]
+    plain, behind_five = search.likelihoods([(), (5,)])
+    np.testing.assert_allclose(behind_five, np.concatenate(nll).mean(), rtol=1e-5)
+    assert plain != behind_five
 
 
 def test_tokens_that_are_tried(model: ModelSource) -> None:
