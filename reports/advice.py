@@ -99,17 +99,28 @@ def fp8_underflow(variant: str, layer: LayerFacts) -> Finding | None:
     return Finding("warn", "fp8_underflow", variant, layer.name, what, _outlier_advice(variant, layer))
 
 
+_GPTQ = "codes by the error of the outputs: method: {gptq: {act_order: true}}"
+_CHANNELS = "weights: {granularity: channel}"
+_FLOAT = "keep this layer float by rule"
 _WEIGHT_ADVICE = {
-    "int8": ("weights: {granularity: channel}", "weights: {observer: mse}", "keep this layer float by rule"),
+    "int8": (_CHANNELS, _GPTQ, _FLOAT),
     "int4": (
-        "codes by the error of the outputs: method: {gptq: {act_order: true}}",
+        _GPTQ,
         "a smaller group: weights: {granularity: group, group_size: 32}",
         "weights: {symmetric: false}",
         "weights: {observer: mse}",
         "8 bits for this layer by rule: mode: weight_only_int8",
     ),
-    "fp8_e4m3": ("weights: {granularity: channel}", "int8 weights: mode a8w8", "keep this layer float by rule"),
+    "fp8_e4m3": (_CHANNELS, "int8 weights: mode a8w8", _FLOAT),
 }
+
+
+def _weight_advice(layer: LayerFacts) -> tuple[str, ...]:
+    """What has not been done to it already."""
+    done = {_CHANNELS: layer.granularity == "channel", _GPTQ: layer.method == "gptq"}
+    lines = tuple(line for line in _WEIGHT_ADVICE[layer.weights] if not done.get(line))
+    smoothed = any(s.after in ("smooth", "piecewise") for s in layer.stages) and layer.activations is not None
+    return (*(("a smaller alpha, which moves less of the input into the weight",) if smoothed else ()), *lines)
 
 
 def noisy_weight(variant: str, layer: LayerFacts) -> Finding | None:
@@ -119,7 +130,7 @@ def noisy_weight(variant: str, layer: LayerFacts) -> Finding | None:
     what = (
         f"weight of {layer.name} keeps {decibel(layer.weight_sqnr_db)} in {layer.weights}; {decibel(limit)} is expected"
     )
-    return Finding("warn", "noisy_weight", variant, layer.name, what, _WEIGHT_ADVICE[layer.weights])
+    return Finding("warn", "noisy_weight", variant, layer.name, what, _weight_advice(layer))
 
 
 def noisy_input(variant: str, layer: LayerFacts) -> Finding | None:

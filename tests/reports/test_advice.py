@@ -124,6 +124,19 @@ def test_smoothing_is_offered_only_where_it_can_be_folded_and_was_not_tried() ->
     assert not offers(stages=(stage(""), stage("smooth")))
 
 
+def test_weights_are_advised_what_has_not_been_done() -> None:
+    def told(**changes: Any) -> tuple[str, ...]:
+        (finding,) = advice.layer_findings("a8w8", [replace(CLEAN, weight_sqnr_db=10.0, **changes)])
+        return finding.advice
+
+    channel, gptq, keep = told()
+    assert channel == "weights: {granularity: channel}"
+    assert told(granularity="channel") == (gptq, keep)
+    assert told(granularity="channel", method="gptq") == (keep,)
+    smoothed = told(granularity="channel", stages=(stage(""), stage("smooth")))
+    assert smoothed == ("a smaller alpha, which moves less of the input into the weight", gptq, keep)
+
+
 def test_an_outlier_behind_a_transform_is_told_by_its_steps() -> None:
     layer = replace(BAD, input_p999=None, levels=9.9, stages=(stage(""), stage("smooth", 3.0)))
     (finding,) = advice.layer_findings("a8w8", [layer])
