@@ -145,10 +145,10 @@ def _decode(
     heads = q.shape[1] // size - (2 * kv_heads if turn else 0)
     splits = _splits(device, batch, cache, heads)
     stages, shared = _ring(cache, heads // kv_heads)
+    shape = batch.sequences, splits, heads
     sums = parts = None
     if splits > 1:
-        sums = device.empty((batch.sequences, splits, heads, size), DTYPES[F32])
-        parts = device.empty((batch.sequences, splits, heads, 2), DTYPES[F32])
+        sums, parts = device.empty((*shape, size), DTYPES[F32]), device.empty((*shape, 2), DTYPES[F32])
     (cosines, sines), norms, eps = (turn.rope, turn.norms, turn.eps) if turn else ((None, None), None, 0.0)
     q_norm, k_norm = norms or (None, None)
     macros = _macros(q, cache, heads)
@@ -167,7 +167,7 @@ def _decode(
     )  # fmt: skip
     if sums is None or parts is None:
         return Activation(out)  # type: ignore[arg-type]
-    return rows.combine(device, sums, parts, batch.starts, spec, out)
+    return rows.combine(device, rows.Splits(sums, parts), batch, window, spec, out)
 
 
 def _splits(device: Device, batch: DeviceBatch, cache: DeviceCache, heads: int) -> int:
@@ -190,7 +190,7 @@ def _ring(cache: DeviceCache, group: int) -> tuple[int, int]:
     stage = 4 * (2 * 16 * (size * cache.k.dtype.itemsize + 16) + (128 if per_token else 0))
     stages = max(1, min(4, RING // stage))
     exchange = 4 * (-(-group // 8) * 8) * ((size + 4) * 4 + 8)
-    return stages, max(stages * stage, exchange)
+    return stages, max(stages * stage + group * size * 2, exchange)
 
 
 def _macros(q: DeviceArray, cache: DeviceCache, heads: int) -> dict[str, int | str]:

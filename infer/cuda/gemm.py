@@ -28,7 +28,6 @@ from quantbench.infer.ops.types import Activation, ActSpec, Array
 INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
-WGMMA_TOKENS = 8  # above it warpgroup products beat streaming on Hopper
 WIDE_TOKENS = 128  # above it a quantized weight with float inputs is widened to bf16 first
 
 
@@ -140,7 +139,7 @@ def kernel_for(device: Device, one: Linear, w: DeviceWeight, out: DeviceArray, c
     """`choose`, and on Hopper its own kernel where that takes the shape."""
     same = device.dtype == np.float32
     name = choose(one, w.kind == INT8_DOT, same)
-    alike = one.x == one.w and one.tokens > WGMMA_TOKENS and not (same and one.x != INT8)
+    alike = one.x == one.w and not (same and one.x != INT8)
     if name in ("stream", "tile") and alike and hopper.takes(device, w, out, column):
         return "wgmma"
     return name

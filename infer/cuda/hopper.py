@@ -15,6 +15,7 @@ from quantbench.infer.cuda.weight import DeviceWeight
 SLICE = 128  # bytes of K per stage
 SHARED = 226 << 10  # bytes of a multiprocessor that blocks share
 WIDEST = 256  # tokens per block, at most
+LARGE = 16384  # rows of a weight that has blocks enough
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,25 @@ def takes(device: Device, w: DeviceWeight, out: DeviceArray, column: int) -> boo
 
 
 def cut_for(tokens: int, rows: int, slices: int, multiprocessors: int) -> Cut:
-    """A cut for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes: two blocks per multiprocessor, K split until
-    they are about all busy, the ring as long as fits."""
+    """A cut for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes. What was fastest on an H200, by size of the
+    weight: large ones have blocks enough; of small ones rows are halved and K is split."""
     width = next(n for n in (8, 16, 32, 64, 128, 256) if n >= tokens or n == WIDEST)
-    blocks = 2 if width <= 128 else 1
-    tiles = -(-rows // 128) * -(-tokens // width)
-    split = 1
-    while split < 8 and tiles * split * 4 < 3 * blocks * multiprocessors and slices >= 8 * split:
+    if tokens > WIDEST:
+        return _longest(256, 128, 1, 1) if slices > 64 else _longest(128, 256, 1, 1)
+    if rows >= LARGE:
+        return _longest(width, 128, 1, 2 if width < 256 else 1)
+    tiles, split = -(-rows // 64), 2 if slices >= 4 else 1
+    while split < 8 and 2 * tiles * split <= multiprocessors and slices >= 8 * split:
         split *= 2
-    stages = min(8, (SHARED // blocks - 2048) // ((128 + width) * SLICE))
-    return Cut(width, 128, stages, split, blocks)
+    alone = tiles * split <= multiprocessors
+    if width == 256 and not alone:
+        return _longest(128, 128, 1, 1)
+    return _longest(width, 64, split, 1 if width == 256 or (width == 128 and alone) else 2)
+
+
+def _longest(tokens: int, rows: int, split: int, blocks: int) -> Cut:
+    """With the longest ring that fits."""
+    return Cut(tokens, rows, min(10, (SHARED // blocks - 2048) // ((rows + tokens) * SLICE)), split, blocks)
 
 
 def linear(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -116,19 +117,39 @@ def rope_write(
     return q
 
 
+@dataclass(frozen=True)
+class Splits:
+    """What the blocks of decoding attention leave: sums f32[S, splits, H, d], (maximum, total) f32[S, splits, H, 2]."""
+
+    sums: DeviceArray
+    parts: DeviceArray
+
+
 def combine(
-    device: Device, sums: DeviceArray, parts: DeviceArray, starts: DeviceArray, spec: ActSpec, out: DeviceArray | None
+    device: Device, splits: Splits, batch: DeviceBatch, window: int | None, spec: ActSpec, out: DeviceArray | None
 ) -> Activation:
-    """Joins the splits of decoding attention: sums f32[S, splits, H, d] and (maximum, total) f32[S, splits, H, 2], into
-    rows `starts` of `out` where given (floats), else into what `spec` asks for."""
-    sequences, splits, heads, size = sums.shape
+    """Joins splits, into the rows of `out` that are alone in their sequence where given (floats), else into what `spec`
+    asks for."""
+    sequences, count, heads, size = splits.sums.shape
+    parts = parts_of_row(heads * size)
+    agree = spec.format is not None and spec.scale is None and parts > 1
+    if spec.keep_float or (agree and (parts > 8 or not device.hopper)):
+        joined = combine(device, splits, batch, window, FLOAT, out)
+        return quantize(device, cast(DeviceArray, joined.values), spec)
     a, arguments = _output(device, sequences, heads * size, spec, out)
-    macros = _macros(device, heads * size, spec)
-    kernel = device.kernel("rows.cu", "combine", SIZE=size, **macros)
+    macros = {k: v for k, v in _macros(device, heads * size, spec).items() if k in ("IO", "FORMAT", "STATIC")}
+    threads = -(-(heads * size // parts) // 32) * 32
+    kernel = device.kernel("combine.cu", "combine", HEADS=heads, SIZE=size, PARTS=parts, THREADS=threads, **macros)
     device.launch(
-        kernel, sequences, _threads(heads * size), sums, parts, starts, splits, a.values, *arguments, device.bad
-    )
+        kernel, (parts, sequences), threads, splits.sums, splits.parts, batch.starts, batch.context, window or 0, count,
+        a.values, *arguments, device.bad,
+    )  # fmt: skip
     return a
+
+
+def parts_of_row(width: int) -> int:
+    """Blocks that share a row of `width` columns (a multiple of 16): at most 512 columns each, all alike."""
+    return next(n for n in (1, 2, 4, 8, 16, 32, 64) if width % (4 * n) == 0 and (width // n <= 512 or width % (8 * n)))
 
 
 def split_bf16(device: Device, x: DeviceArray) -> DeviceArray:

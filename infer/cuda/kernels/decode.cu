@@ -3,7 +3,7 @@
 // A block takes one KV head of one sequence, and of its pages those of one split; a warp takes 16 tokens of every page,
 // which arrive in its own ring of stages by cp.async. Tokens (for scores) and head elements (for the result) are the 16
 // rows of a tensor-core product, the query heads that share the KV head its 8 columns. Codes become f16 exactly and
-// scales apply to scores and probabilities. Warps, and then splits (combine in rows.cu), are joined by their maxima.
+// scales apply to scores and probabilities. Warps, and then splits (combine.cu), are joined by their maxima.
 //
 // FUSED: q is qkv as the linear layer left it. The block turns its own queries, and the warp that meets the new token
 // puts its K and V into the cache and into its stage. Older pages are then asked for before the predecessor has
@@ -190,7 +190,7 @@ KERNEL void __launch_bounds__(kWarps * 32)
     int newest = tokens - 1;  // the token that this step adds
     bool appends = FUSED && end == pages && newest >= 0 && newest % kPage / kTokens == warp;
     if constexpr (FUSED) {
-        __shared__ u16 heads[GROUP * SIZE];
+        u16* heads = (u16*)(memory + kWarps * STAGES * kStage);
         s64 angle = s64(max(newest, 0)) * kHalf, base = s64(first_row) * (GROUP + 2) * kv_heads * SIZE;
         Rope rope{cosines + angle, sines + angle, q_norm, k_norm, eps};
         for (int h = warp; h < GROUP; h += kWarps) {
