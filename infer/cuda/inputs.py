@@ -15,7 +15,9 @@ import numpy.typing as npt
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch
 from quantbench.infer.cuda.device import Device
+from quantbench.infer.engine.scheduler import Chunk, Running
 
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)  # sequences of a step, padded up
 COPIES = 3  # pinned copies: one being sent, one being written, one to spare
 _ALIGN = 16
 
@@ -113,3 +115,26 @@ class StepInputs:
         field["top_k"][:n] = [row.top_k for row in rows]
         field["top_p"][:n] = [row.top_p for row in rows]
         field["temperature"][n:count] = 0
+
+
+def row_of(sequence: Running, token: int, position: int, further: int) -> Row:
+    p = sequence.sampler.params
+    uniform = sequence.sampler.uniform(sequence.generated + further) if p.temperature > 0 else 0.0
+    return Row(token, position, sequence.pages, p.temperature, p.top_k, p.top_p, uniform)
+
+
+def decodes(chunk: Chunk) -> bool:
+    """Whether a chunk is one new token whose successor the device can choose."""
+    return chunk.count == 1 and chunk.last and chosen_here(chunk)
+
+
+def chosen_here(chunk: Chunk) -> bool:
+    """Whether the device can choose the next token: it knows nothing of penalties and minimum lengths."""
+    p = chunk.sequence.sampler.params
+    return p.repetition_penalty == 1.0 and chunk.sequence.generated >= p.min_tokens
+
+
+def bound_of(context: int, most: int) -> int:
+    """A bound on the context, of few different ones: each gets its own graph."""
+    step = 256 if context <= 2048 else 1024 if context <= 16384 else 8192
+    return min(most, -(-context // step) * step)

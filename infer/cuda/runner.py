@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,26 @@ from quantbench.infer.cuda.batch import DeviceBatch
 from quantbench.infer.cuda.cache import Pages
 from quantbench.infer.cuda.device import Graph
 from quantbench.infer.cuda.forward import DeviceModel, Rope, logits_of, run_layers
-from quantbench.infer.cuda.inputs import COPIES, Row, StepInputs
+from quantbench.infer.cuda.inputs import (
+    BUCKETS,
+    COPIES,
+    Row,
+    StepInputs,
+    bound_of,
+    chosen_here,
+    decodes,
+    row_of,
+)
 from quantbench.infer.cuda.ops import CudaOps
 from quantbench.infer.engine.cache import KVCache, pages_for
 from quantbench.infer.engine.forward import Model, Rows, batch_of
 from quantbench.infer.engine.limits import Limits
 from quantbench.infer.engine.runner import Runner
-from quantbench.infer.engine.sampling import Sampler
 from quantbench.infer.engine.scheduler import Chunk, Running
 from quantbench.infer.models import block_prefix
 from quantbench.infer.ops import PAGE
 
 F32 = npt.NDArray[np.float32]
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 LOGITS = 2  # bit of Device.bad that stands for logits that are not finite; bit 1: what was to be quantized
 
 
@@ -51,13 +58,6 @@ class Queued:
     place: dict[int, tuple[int, int]]
     tokens: npt.NDArray[np.int32]
     event: Any
-
-
-@dataclass
-class Captured:
-    """Graphs by batch bucket, context bound, and whether tokens are sampled."""
-
-    graphs: dict[tuple[int, int, bool], Graph] = field(default_factory=dict)
 
 
 class CudaRunner(Runner):
@@ -76,7 +76,9 @@ class CudaRunner(Runner):
         self._inputs = StepInputs(self.device, most, pages_for(limits.max_length + self._offset))
         self._results = [self.device.pinned((most + 1,), np.int32) for _ in range(COPIES)]
         self._output = self.device.allocate((most + 1,), np.int32)  # tokens, then the flag of numbers gone wrong
-        self._captured = Captured()
+        self._captured: dict[
+            tuple[int, int, bool], Graph
+        ] = {}  # by batch bucket, bound on the context, whether sampled
         self._graphs = os.environ.get("QUANTBENCH_CUDA_GRAPHS", "1") != "0"
         self._queued: Queued | None = None
         self._turn = 0
@@ -84,20 +86,40 @@ class CudaRunner(Runner):
 
     def choose(self, work: list[Chunk], crowded: bool = False) -> list[tuple[Running, int]]:
         """Computes `work`; the sequences whose newest token was in it, and the token that each chooses next."""
-        if all(_decodes(chunk) for chunk in work):
+        if all(decodes(chunk) and (chunk.start or not self._offset) for chunk in work):
             return self._decode(work, crowded)
         self._queued = None
-        return super().choose(work, crowded)
+        last = [i for i, chunk in enumerate(work) if chunk.last]
+        if not all(chosen_here(work[i]) for i in last):
+            return super().choose(work, crowded)
+        rows = [Rows(c.ids, c.start + self._offset, c.sequence.pages) for c in work]
+        logits = self._queue(rows, last)
+        chosen = self._pick(logits, [row_of(work[i].sequence, 0, 0, 0) for i in last])
+        self._check(rows)
+        return [(work[i].sequence, int(token)) for i, token in zip(last, chosen, strict=True)]
+
+    def _pick(self, logits: DeviceArray, rows: list[Row]) -> npt.NDArray[np.int32]:
+        """The tokens that `rows` choose from logits f32[R, V]."""
+        if not rows:
+            return np.empty(0, np.int32)
+        if all(row.temperature == 0 for row in rows):
+            return self.device.fetch(sample.argmax(self.device, logits))
+        floats = [np.array([getattr(r, n) for r in rows], np.float32) for n in ("temperature", "top_p", "uniform")]
+        temperature, top_p, uniform = map(self._lend, floats)
+        top_k = self._lend(np.array([row.top_k for row in rows], np.int32))
+        return self.device.fetch(sample.sample(self.device, logits, temperature, top_k, top_p, uniform))
 
     def copy_page(self, source: int, target: int) -> None:
         self.pages.copy(source, target)
 
     def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
+        return self._host(self._queue(rows, wanted), rows)
+
+    def _queue(self, rows: list[Rows], wanted: list[int]) -> DeviceArray:
+        """Computes `rows`; the logits after the last token of each wanted one, on the device."""
         for begun in (r for r in rows if self._offset and r.start == self._offset):
-            self.cache.begin(begun.pages)
-            self.pages.begin(begun.pages)
-        logits = self._run(rows, self._tables, [sum(len(r.ids) for r in rows[: i + 1]) - 1 for i in wanted])
-        return self._host(logits, rows)
+            self._begin(begun.pages)
+        return self._run(rows, self._tables, [sum(len(r.ids) for r in rows[: i + 1]) - 1 for i in wanted])
 
     def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
         for rows, rope in self._window(ids):
@@ -115,6 +137,11 @@ class CudaRunner(Runner):
             self._check([rows])
         found: npt.NDArray[np.float64] = np.concatenate(parts)[: len(ids) - 1].astype(np.float64)
         return found
+
+    def _begin(self, pages: list[int]) -> None:
+        super()._begin(pages)
+        if self._offset:
+            self.pages.begin(pages)
 
     def _place(self, rope: tuple[F32, F32]) -> Rope:
         return self._tables if rope is self._rope else (self.device.upload(rope[0]), self.device.upload(rope[1]))
@@ -188,7 +215,7 @@ class CudaRunner(Runner):
 
     def _input(self, chunk: Chunk, further: int) -> Row:
         sequence = chunk.sequence
-        return _row_of(sequence, chunk.ids[0], chunk.start + self._offset, further)
+        return row_of(sequence, chunk.ids[0], chunk.start + self._offset, further)
 
     def _launch_ahead(self, queued: Queued) -> Queued | None:
         """The step after `queued`, where it can be known: nobody ends by length, and every page is there."""
@@ -197,7 +224,7 @@ class CudaRunner(Runner):
             position = row.position + 1
             if position + 1 - self._offset >= sequence.limit or not self._reserve(sequence, position + 1):
                 return None
-            rows.append(_row_of(sequence, 0, position, 1))
+            rows.append(row_of(sequence, 0, position, 1))
         return self._launch(queued.sequences, rows, ahead=True)
 
     def _reserve(self, sequence: Running, tokens: int) -> bool:
@@ -213,7 +240,7 @@ class CudaRunner(Runner):
     def _launch(self, sequences: list[Running], rows: list[Row], ahead: bool) -> Queued:
         """Queues a decode step and the way back of its tokens."""
         bucket = next(b for b in self._buckets if b >= len(rows))
-        bound = _bound(max(row.position for row in rows) + 1, self._inputs.pages * PAGE)
+        bound = bound_of(max(row.position for row in rows) + 1, self._inputs.pages * PAGE)
         sampled = any(row.temperature > 0 for row in rows)
         self._inputs.send(rows, bucket, ahead)
         self._replay(bucket, bound, sampled)
@@ -227,14 +254,14 @@ class CudaRunner(Runner):
 
     def _replay(self, bucket: int, bound: int, sampled: bool) -> None:
         key = self._last = (bucket, bound, sampled)
-        graph = self._captured.graphs.get(key)
+        graph = self._captured.get(key)
         if graph is None:
             self._step(*key)
             if not self._graphs:
                 return
             with self.device.capture([self._inputs, self._output]) as found:
                 self._step(*key)
-            self._captured.graphs[key] = found[0]
+            self._captured[key] = found[0]
             return
         self.device.replay(graph)
 
@@ -244,7 +271,7 @@ class CudaRunner(Runner):
 
     def graph_seconds(self, count: int) -> float:
         """GPU seconds of the last decode step as a graph, back to back: the mean of `count`."""
-        graph = self._captured.graphs[self._last]
+        graph = self._captured[self._last]
 
         def replays() -> None:
             for _ in range(count):
@@ -275,23 +302,3 @@ class CudaRunner(Runner):
 
 def _row(queued: Queued, chunk: Chunk) -> int:
     return queued.place.get(chunk.sequence.number, (-1, 0))[0]
-
-
-def _row_of(sequence: Running, token: int, position: int, further: int) -> Row:
-    p = sequence.sampler.params
-    uniform = sequence.sampler.uniform(sequence.generated + further) if p.temperature > 0 else 0.0
-    return Row(token, position, sequence.pages, p.temperature, p.top_k, p.top_p, uniform)
-
-
-def _decodes(chunk: Chunk) -> bool:
-    """Whether a chunk is one new token whose successor the device can choose."""
-    sampler: Sampler = chunk.sequence.sampler
-    p = sampler.params
-    changed = p.repetition_penalty != 1.0 or chunk.sequence.generated < p.min_tokens
-    return chunk.count == 1 and chunk.last and not changed
-
-
-def _bound(context: int, most: int) -> int:
-    """A bound on the context, of few different ones: each gets its own graph."""
-    step = 256 if context <= 2048 else 1024 if context <= 16384 else 8192
-    return min(most, -(-context // step) * step)

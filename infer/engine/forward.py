@@ -116,22 +116,19 @@ def project(ops: Ops, a: Activation, group: Projection) -> F32:
 def batch_of(rows: list[Rows]) -> Batch:
     """The index arrays of one step: per token its id, position and cache slot; per sequence its rows and pages."""
     ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
     starts = [0]
     for r in rows:
         ids += r.ids
-        span = range(r.start, r.start + len(r.ids))
-        positions += span
-        slots += [r.pages[p // PAGE] * PAGE + p % PAGE for p in span]
         starts.append(len(ids))
     tables = np.zeros((len(rows), max(len(r.pages) for r in rows)), np.int32)
     for table, r in zip(tables, rows, strict=True):
         table[: len(r.pages)] = r.pages
+    owner = np.repeat(np.arange(len(rows)), np.diff(starts))
+    positions = np.arange(len(ids)) - np.array(starts)[owner] + np.array([r.start for r in rows])[owner]
     return Batch(
         ids=np.array(ids, np.int32),
-        positions=np.array(positions, np.int32),
-        slots=np.array(slots, np.int64),
+        positions=positions.astype(np.int32),
+        slots=tables[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
         starts=np.array(starts, np.int32),
         context=np.array([r.start + len(r.ids) for r in rows], np.int32),
         tables=tables,

@@ -51,7 +51,7 @@ class Runner:
     def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
         """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""
         for begun in (r for r in rows if self._offset and r.start == self._offset):
-            self.cache.begin(begun.pages)
+            self._begin(begun.pages)
         batch = batch_of(rows)
         return self._logits(batch, self._rope, batch.starts[1:][wanted].astype(np.int64) - 1)
 
@@ -70,6 +70,10 @@ class Runner:
             chosen = np.take_along_axis(wide, targets[:, None], axis=1)[:, 0]
             parts.append(chosen - np.log(np.exp(wide).sum(axis=1)))
         return np.concatenate(parts)
+
+    def _begin(self, pages: list[int]) -> None:
+        """Puts the checkpoint's prefix in front of a sequence."""
+        self.cache.begin(pages)
 
     def _logits(self, batch: Batch, rope: tuple[F32, F32], rows: npt.NDArray[np.int64] | None = None) -> F32:
         """Logits of `rows` of a batch. Raises CheckpointError naming the first layer that is not finite."""
@@ -120,7 +124,7 @@ class Runner:
         length = len(ids) + self._offset
         rope = self._rope if len(ids) <= self.limits.max_length else rope_tables(self.model.config, length)
         with self._pages(length) as pages:
-            self.cache.begin(pages)
+            self._begin(pages)
             for start in range(0, len(ids), self.limits.chunk):
                 chunk = [int(i) for i in ids[start : start + self.limits.chunk]]
                 yield Rows(chunk, start + self._offset, pages), rope

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from quantbench.errors import CheckpointError
+from quantbench.infer.cuda.forward import DeviceModel
+from quantbench.infer.cuda.runner import CudaRunner
 from quantbench.infer.engine import Engine, SamplingParams
 from quantbench.infer.engine.forward import Model
 
@@ -16,12 +18,14 @@ def damage(engine: Engine, layer: int | None, value: float) -> None:
     model: Model = engine.runner.model
     if layer is None:
         model.norm[3] = value
-        return
-    norm = model.layers[layer].mlp_norm.copy()
-    norm[3] = value
-    layers = list(model.layers)
-    layers[layer] = replace(layers[layer], mlp_norm=norm)
-    engine.runner.model = replace(model, layers=tuple(layers))
+    else:
+        norm = model.layers[layer].mlp_norm.copy()
+        norm[3] = value
+        layers = list(model.layers)
+        layers[layer] = replace(layers[layer], mlp_norm=norm)
+        engine.runner.model = replace(model, layers=tuple(layers))
+    if isinstance(engine.runner, CudaRunner):
+        engine.runner.weights = DeviceModel.upload(engine.runner.device, engine.runner.model)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
