@@ -92,6 +92,11 @@ class Runner:
             raise CheckpointError(self._culprit(batch, rope))
         return logits
 
+    def profile(self, on: bool) -> dict[str, tuple[float, float, float]]:
+        """Seconds, bytes read and operations of each native operation since the last call, counted from here if `on`.
+        Empty where steps are not native."""
+        return self._native_model(self.ops).profile(on) if isinstance(self.ops, CpuOps) else {}
+
     def _native_model(self, ops: CpuOps) -> NativeModel:
         """The native object of this model and cache, made on first use."""
         if self._native is None or self._native[0] is not ops or self._native[1] is not self.model:

@@ -15,6 +15,7 @@ import numpy as np
 
 from quantbench.errors import DataError, RequestError, unknown
 from quantbench.infer.validate.machine import describe_machine
+from quantbench.infer.validate.profile import Spent
 from quantbench.infer.validate.roofline import Achieved, Ceilings, why
 from quantbench.infer.validate.timing import Load
 from quantbench.infer.validate.visit import EngineSpec, Visit, visit_ceilings, visit_engine
@@ -112,6 +113,16 @@ def _latencies(visits: list[Visit], batch: int) -> dict[str, float]:
     return {"ttft_ms": median(first) * 1e3, "itl_p50_ms": float(p50) * 1e3, "itl_p95_ms": float(p95) * 1e3}
 
 
+def _operations(visits: list[Visit], batch: int) -> dict[str, Any]:
+    """Each native operation in the middle round's profiled steps."""
+    rounds = [{name: Spent(*values) for name, values in v.times.decode[batch].operations.items()} for v in visits]
+    if not all(rounds):
+        return {}
+    middle = sorted(rounds, key=lambda r: sum(s.seconds for s in r.values()))[len(rounds) // 2]
+    step = sum(s.seconds for s in middle.values())
+    return {"operations": {name: spent.json(step) for name, spent in middle.items()}}
+
+
 @dataclass(frozen=True)
 class _Bench:
     """All visits, and what they are measured against."""
@@ -134,6 +145,7 @@ class _Bench:
             "decode": {
                 str(b): _latencies(mine, b)
                 | self._decode(name, b).json(self._decode(self.baseline, b) if base else None)
+                | _operations(mine, b)
                 for b in self.load.batches
             },
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,8 @@ class Load:
 @dataclass(frozen=True)
 class DecodeTimes:
     """Decode at one batch, seconds. `steps`: of each step with a full batch; `cpu_s`: of all threads, over them;
-    `profile`: of `PROFILED` further steps, per step, by kind of work."""
+    `profile`: of `PROFILED` further steps, per step, by kind of work; `operations`: of the same steps, seconds, bytes
+    and operations per step of each operation (empty where the step is not native)."""
 
     steps: list[float]
     first_token: list[float]  # per sequence, from its arrival
@@ -70,6 +71,7 @@ class DecodeTimes:
     waited_s: float  # for a processor that another process held, over `steps`
     profile: dict[str, float]
     work: Work
+    operations: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ def time_decode(engine: Engine, prompts: Sequence[list[int]], load: Load) -> Dec
         steps.append(time.perf_counter() - before)
         cpu += time.process_time() - cpu_before
     wait = waited_s() - wait
-    profile = profile_steps(engine, PROFILED)
+    profile, spent = profile_steps(engine, PROFILED)
     for request in requests:
         engine.abort(request)
     context = load.prompt + load.output // 2
-    return DecodeTimes(steps, first, cpu, wait, profile, step_work(engine, len(prompts), context))
+    operations = {name: list(astuple(s)) for name, s in spent.items()}
+    return DecodeTimes(steps, first, cpu, wait, profile, step_work(engine, len(prompts), context), operations)

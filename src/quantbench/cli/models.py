@@ -20,6 +20,7 @@ Model = Annotated[str, typer.Argument(help=MODEL)]
 ModeOption = Annotated[str | None, typer.Option("--mode", help="Run a float model as fp32, bf16, weight_only_int8, …")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all this process may use")]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA GPU.")]
+PROFILE = ("model", "stage", "operation", "ms", "share", "GB/s", "GOP/s")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -78,7 +79,7 @@ def bench(
     device: Device = "cpu",
     config: Annotated[str | None, typer.Option("--config", help="With --random-weights: llama-3-8b, …")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="On a GPU, without a checkpoint.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="With --random-weights: a step by kernel.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Where a step goes, by operation.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Between operations: bfloat16 or float32.")] = "bfloat16",
     json: Json = False,
 ) -> None:
@@ -109,6 +110,20 @@ def bench(
     typer.echo("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in result["ceilings"].items()))
     columns = ["model", "stage", "tokens/s", "min", "max", "share of ceiling", "why"]
     print_rows(columns, [row for name, found in result["variants"].items() for row in speed_rows(name, found)])
+    if profile:
+        print_rows(PROFILE, [row for name, found in result["variants"].items() for row in profile_rows(name, found)])
+
+
+def profile_rows(name: str, found: dict[str, Any]) -> Iterator[list[Any]]:
+    """Operations of a decode step; only the kinds of work, without rates, where the step is not native."""
+    for batch, row in found["decode"].items():
+        stage, total = f"decode@{batch}", sum(row["profile_ms"].values())
+        if "operations" in row:
+            for operation, spent in row["operations"].items():
+                yield [name, stage, operation, *(spent[k] or None for k in ("ms", "share", "gb_per_s", "gop_per_s"))]
+        else:
+            for kind, ms in row["profile_ms"].items():
+                yield [name, stage, kind, ms, ms / total, None, None]
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

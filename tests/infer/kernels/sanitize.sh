@@ -1,5 +1,5 @@
 #!/bin/sh
-# The kernel and op tests under AddressSanitizer and UndefinedBehaviorSanitizer: sh tests/infer/kernels/sanitize.sh
+# The kernel, op and native step tests under AddressSanitizer and UndefinedBehaviorSanitizer: sh tests/infer/kernels/sanitize.sh
 # VENV (default .venv) holds python, cmake's build tools and pytest. The instrumented extension goes to build/sanitize,
 # beside a copy of the package's links, so the ordinary one stays in place.
 set -eu
@@ -19,4 +19,5 @@ cp build/sanitize/_kernels*.so build/sanitize/src/quantbench/
 # -s: pytest would swallow the report of an abort. Leaks are python's own; the interpreter is not instrumented, so both runtimes are loaded before it
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-PYTHONPATH=build/sanitize/src python -m pytest -s -p no:cacheprovider tests/infer/ops tests/infer/kernels "$@"
+PYTHONPATH=build/sanitize/src python -m pytest -s -p no:cacheprovider \
+  tests/infer/ops tests/infer/kernels tests/infer/engine/test_native.py "$@"
