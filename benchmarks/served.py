@@ -34,6 +34,10 @@ TITLES = {"demo:smollm2": "SmolLM2-135M-Instruct"}
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 
 
+class ChildError(Exception):
+    """A process that this script started has failed, after saying why."""
+
+
 @dataclass(frozen=True)
 class Text:
     """What is predicted: 8 windows, the first 4,096 tokens of the text."""
@@ -44,7 +48,7 @@ class Text:
 
 
 def calibrate(entry: Entry, spec: str, folder: Path, threads: int) -> Words:
-    """Calibrate an entry in a process of its own, unless `folder` holds it; what that took. Exits where it fails."""
+    """Calibrate an entry in a process of its own, unless `folder` holds it; what that took. Raises ChildError."""
     recipe, told = folder.with_suffix(".yaml"), folder.with_suffix(".json")
     text = text_of(entry.words, spec, str(folder))
     if told.exists() and recipe.exists() and recipe.read_text() == text:
@@ -60,13 +64,13 @@ def calibrate(entry: Entry, spec: str, folder: Path, threads: int) -> Words:
 
 
 def child(*arguments: str, threads: int) -> Words:
-    """This script again, on `threads` processors, and the JSON object that it prints. Exits where it fails."""
+    """This script again, on `threads` processors, and the JSON object that it prints. Raises ChildError where it fails."""
     count = str(threads)
     limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
     command = [sys.executable, __file__, *arguments, "--threads", count]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | limits)
     if done.returncode != 0:
-        raise SystemExit(f"failed: {shlex.join(command)}")
+        raise ChildError(f"failed: {shlex.join(command)}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -163,15 +167,24 @@ def chosen(models: dict[str, str], only: Sequence[str]) -> Iterator[tuple[str, s
 
 
 def run(args: argparse.Namespace) -> None:
+    failed: list[str] = []
     for spec, family, found in chosen(models_of(args.model), args.only):
         folders = {e.key: args.work / e.key for e in found}
         if args.again:
             for folder in folders.values():
                 folder.with_suffix(".json").unlink(missing_ok=True)
-        took = {e.key: calibrate(e, spec, folders[e.key], args.threads) for e in found}
-        checkpoints = {key: str(folder / "checkpoint" / "served") for key, folder in folders.items()}
-        answer = child("--serve", json.dumps([spec, checkpoints]), threads=args.threads)
-        record(args.results, {e.key: served(answer, e, family, took[e.key]) for e in found})
+        took: dict[str, Words] = {}
+        for entry in found:
+            try:
+                took[entry.key] = calibrate(entry, spec, folders[entry.key], args.threads)
+            except ChildError as error:
+                failed.append(str(error))  # the others go on: a run takes long
+        if took:
+            checkpoints = {key: str(folders[key] / "checkpoint" / "served") for key in took}
+            answer = child("--serve", json.dumps([spec, checkpoints]), threads=args.threads)
+            record(args.results, {e.key: served(answer, e, family, took[e.key]) for e in found if e.key in took})
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def main() -> None:

@@ -193,6 +193,14 @@ def test_an_entry_runs_from_calibration_to_a_record(tiny_model: Path, tmp_path: 
     assert yaml.safe_load(folder.with_suffix(".yaml").read_text())["modes"] == words["modes"]
 
 
+def test_an_entry_that_fails_is_told_and_leaves_no_time_behind(tiny_model: Path, tmp_path: Path) -> None:
+    words = {"modes": [{"name": "served", "mode": "a8w8"}], "calibration": {"data": "nowhere.txt"}}
+    entry = made.Entry("tiny", "bad", "a8w8, static", made.RTN, "tiny/bad", words)
+    with pytest.raises(served.ChildError, match=r"^failed: .*served\.py --calibrate .*bad\.yaml"):
+        served.calibrate(entry, str(tiny_model), tmp_path / "bad", 1)
+    assert not (tmp_path / "bad.json").exists()
+
+
 def test_an_unknown_entry_is_told(tiny_model: Path) -> None:
     command = [sys.executable, str(SCRIPT), "list", "--model", f"tiny={tiny_model}", "--only", "tiny/w8a8"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
