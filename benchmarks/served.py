@@ -64,7 +64,7 @@ def calibrate(entry: Entry, spec: str, folder: Path, threads: int) -> Words:
 
 
 def child(*arguments: str, threads: int) -> Words:
-    """This script again, on `threads` processors, and the JSON object that it prints. Raises ChildError where it fails."""
+    """This script again, on `threads` processors, and the JSON object that it prints. Raises ChildError."""
     count = str(threads)
     limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
     command = [sys.executable, __file__, *arguments, "--threads", count]
