@@ -26,6 +26,7 @@ from quantbench.infer.ops.pack import INT8_DOT, Part
 from quantbench.infer.ops.types import Activation, ActSpec, Array
 
 INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
+HELD_BYTES = 72 << 10  # of inputs that a streaming block keeps in shared memory
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
 WIDE_TOKENS = 128  # above it a quantized weight with float inputs is widened to bf16 first
@@ -184,14 +185,17 @@ def _stream(
     written: DeviceArray | None = None,
 ) -> None:
     tiles = next(n for n in (1, 2, 4, 8) if n * 8 >= one.tokens or n == 8)
+    inputs = min(8 * tiles, one.tokens) * (one.columns * x.dtype.itemsize + 64)
+    held = inputs <= HELD_BYTES
+    shared = 5152 * tiles + (inputs if held else 0)  # 5120 for partial sums and 32 for scales per 8 tokens
     kernel = device.kernel(
-        "stream.cu", "linear_stream", X=one.x, W=one.w, OUT=kind_of(out.dtype), TILES=tiles, GROUP=one.group,
-        ASYM=int(one.zero), GATED=int(gated),
+        "stream.cu", "linear_stream", HELD=int(held), X=one.x, W=one.w, OUT=kind_of(out.dtype), TILES=tiles,
+        GROUP=one.group, ASYM=int(one.zero), GATED=int(gated),
     )  # fmt: skip
     grid = min(-(-w.rows // 16), 2 * device.multiprocessors), -(-one.tokens // (8 * tiles))
     device.launch(
         kernel, grid, 256, x, scale, _step(scale), w.codes, w.scale, w.zero, w.bias, out, np.int64(out.shape[1]),
-        column, one.tokens, w.rows, w.columns, np.int64(w.codes.nbytes // w.rows), out_scale, written,
+        column, one.tokens, w.rows, w.columns, np.int64(w.codes.nbytes // w.rows), out_scale, written, shared=shared,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@
 // before the current is finished; the first weights are asked for before the predecessor has finished.
 //
 // Macros: X (INT8 | E4M3 codes; F32 | BF16 | F16 values), W (kind of the weights; with codes in X the same kind),
-// OUT (F32 | BF16 | F16 | INT8 | E4M3), TILES (of 8 tokens), GROUP (inputs per weight scale, 0: one per row),
+// HELD (1: the block first copies its tokens' inputs into shared memory: from there they do not queue behind weights that
+// are still on their way; 0: they are too many), OUT (F32 | BF16 | F16 | INT8 | E4M3), TILES (of 8 tokens), GROUP (inputs per weight scale, 0: one per row),
 // ASYM (1: int4 zero points), GATED (1: rows are gate then up; y = silu(gate) * up has N / 2 columns).
 #include "common.cuh"
 #include "mma.cuh"
@@ -44,7 +45,26 @@ struct Linear {
     int out_column, tokens, rows, columns;
     s64 row_bytes;
     float out_scale;
+    int first_token;
 };
+
+constexpr int kInput = kCodes ? 1 : X == F32 ? 4 : 2, kSkew = 64;  // bytes; held rows start in different banks
+constexpr int kExchange = kWarps * 8 * TILES * kPad * 4, kScales = 8 * TILES * 4;  // bytes before the held inputs
+extern __shared__ __align__(16) u8 memory[];
+
+// 16 bytes of the inputs of a token of this block, at element k.
+DEVICE uint4 input(const Linear& l, int token, int k) {
+    if constexpr (HELD) return *(const uint4*)(memory + kExchange + kScales + min(token, l.tokens - l.first_token - 1) * (l.columns * kInput + kSkew) + k * kInput);
+    else return *(const uint4*)((const u8*)l.x + (s64(min(l.first_token + token, l.tokens - 1)) * l.columns + k) * kInput);
+}
+
+DEVICE void hold_inputs(const Linear& l) {
+    int row = l.columns * kInput, count = min(8 * TILES, l.tokens - l.first_token);
+    const u8* from = (const u8*)l.x + s64(l.first_token) * row;
+    for (int i = threadIdx.x * 16; i < count * row; i += kWarps * 32 * 16)
+        *(uint4*)(memory + kExchange + kScales + i / row * (row + kSkew) + i % row) = *(const uint4*)(from + i);
+    __syncthreads();
+}
 
 DEVICE int row_of(const Linear& l, int tile, int place) {  // place 0..15 of a tile; beyond the last row: the last
     int half = l.rows / 2;
@@ -92,35 +112,35 @@ DEVICE u32 weight_pair(const uint4& row, int octet, int pair, u32 offset) {
 struct Inputs {
     uint4 high, rest;
 };
-DEVICE Inputs load_inputs(const Linear& l, s64 row, int block, int end, int octet, int lane) {
+DEVICE Inputs load_inputs(const Linear& l, int token, int block, int end, int octet, int lane) {
     int t = lane % 4, k = block * kBlock + (W == INT4 ? octet * 32 + t * 8 : t * kLaneInputs + octet * 8);
     Inputs in{};
     if (block >= end || k >= l.columns) return in;
+    in.high = input(l, token, k);
     if constexpr (X == F32) {
-        float v[8];
-        load_vector<F32>(l.x, row * l.columns + k, v);
+        uint4 second = input(l, token, k + 4);
+        u32 v[8] = {in.high.x, in.high.y, in.high.z, in.high.w, second.x, second.y, second.z, second.w};
         u32 high[4], rest[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            high[i] = pack_bf16(v[2 * i], v[2 * i + 1]);
-            rest[i] = pack_bf16(v[2 * i] - __uint_as_float(high[i] << 16), v[2 * i + 1] - __uint_as_float(high[i] & 0xffff0000u));
+            float a = __uint_as_float(v[2 * i]), b = __uint_as_float(v[2 * i + 1]);
+            high[i] = pack_bf16(a, b);
+            rest[i] = pack_bf16(a - __uint_as_float(high[i] << 16), b - __uint_as_float(high[i] & 0xffff0000u));
         }
-        in.high = *(uint4*)high;
-        in.rest = *(uint4*)rest;
-    } else {
-        in.high = *(const uint4*)((const u16*)l.x + row * l.columns + k);
+        in.high = make_uint4(high[0], high[1], high[2], high[3]);
+        in.rest = make_uint4(rest[0], rest[1], rest[2], rest[3]);
     }
     return in;
 }
 
 // One step of codes by codes: 16 bytes of each row against 16 bytes of each token.
 template <class S>
-DEVICE void multiply_codes(const Linear& l, const Weights& w, int block, int end, int first_token, int lane, S (&sum)[TILES][4]) {
+DEVICE void multiply_codes(const Linear& l, const Weights& w, int block, int end, int lane, S (&sum)[TILES][4]) {
+    int k = (block * 4 + lane % 4) * 16;
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-        s64 row = min(first_token + n * 8 + lane / 4, l.tokens - 1), k = (s64(block) * 4 + lane % 4) * 16;
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (block < end && k < l.columns) x = *(const uint4*)((const u8*)l.x + row * l.columns + k);
+        if (block < end && k < l.columns) x = input(l, n * 8 + lane / 4, k);
         mma_codes(sum[n], w.low.x, w.high.x, w.low.y, w.high.y, x.x, x.y);
         mma_codes(sum[n], w.low.z, w.high.z, w.low.w, w.high.w, x.z, x.w);
     }
@@ -128,8 +148,7 @@ DEVICE void multiply_codes(const Linear& l, const Weights& w, int block, int end
 
 // One step of 16-bit products. Sums of inputs that share a scale are kept apart until the scale is applied. Beyond `end`
 // inputs are zeros, so that nothing is added whatever the weights.
-DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int block, int end, int first_token, int lane,
-                            float (&sum)[TILES][4]) {
+DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int block, int end, int lane, float (&sum)[TILES][4]) {
     constexpr int kOctets = kSub / 32;
     u32 row_offset[2] = {int4_offset<kKind>(0), int4_offset<kKind>(0)};
     if constexpr (ASYM && GROUP == 0) {
@@ -152,10 +171,9 @@ DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int blo
         for (int n = 0; n < TILES; ++n) {
             float part[4] = {};
             float(&to)[4] = GROUP ? part : sum[n];
-            s64 row = min(first_token + n * 8 + lane / 4, l.tokens - 1);
 #pragma unroll
             for (int o = 0; o < kOctets; ++o) {
-                Inputs x = load_inputs(l, row, block, end, s * kOctets + o, lane);
+                Inputs x = load_inputs(l, n * 8 + lane / 4, block, end, s * kOctets + o, lane);
                 mma_16bit<kKind>(to, a[o][0], b[o][0], a[o][1], b[o][1], x.high.x, x.high.y);
                 mma_16bit<kKind>(to, a[o][2], b[o][2], a[o][3], b[o][3], x.high.z, x.high.w);
                 if constexpr (X == F32) {
@@ -172,35 +190,38 @@ DEVICE void multiply_values(const Linear& l, const Weights& w, int tile, int blo
 }
 
 template <bool CODES, class S>
-DEVICE void multiply(const Linear& l, const Weights& w, int tile, int block, int end, int first_token, int lane,
-                     S (&sum)[TILES][4]) {
-    if constexpr (CODES) multiply_codes(l, w, block, end, first_token, lane, sum);
-    else multiply_values(l, w, tile, block, end, first_token, lane, sum);
+DEVICE void multiply(const Linear& l, const Weights& w, int tile, int block, int end, int lane, S (&sum)[TILES][4]) {
+    if constexpr (CODES) multiply_codes(l, w, block, end, lane, sum);
+    else multiply_values(l, w, tile, block, end, lane, sum);
 }
 
-// The finished value of one row and token; products and sums rounded one by one, as the CPU does.
-DEVICE float finish(const Linear& l, float total, int row, int token) {
-    float scale = GROUP || !l.w_scale ? 1.0f : l.w_scale[row];
-    if constexpr (kCodes) scale = __fmul_rn(l.x_scale[l.x_step * token], scale);
-    float y = __fmul_rn(total, scale);
-    return l.bias ? __fadd_rn(y, l.bias[row]) : y;
-}
+// What finishes the results of a row; asked for before the next tile's weights, so that it does not queue behind them.
+struct Finish {
+    float scale, bias;
+    DEVICE Finish(const Linear& l, int row) : scale(GROUP || !l.w_scale ? 1.0f : l.w_scale[row]), bias(l.bias ? l.bias[row] : 0.0f) {}
+    // Products and sums are rounded one by one, as the CPU does.
+    DEVICE float of(const Linear& l, float total, float x_scale) const {
+        float y = __fmul_rn(total, kCodes ? __fmul_rn(x_scale, scale) : scale);
+        return l.bias ? __fadd_rn(y, bias) : y;
+    }
+};
 
-DEVICE void store_tile(const Linear& l, int tile, int first_token, const sum_t* exchange) {
-    constexpr int kColumns = GATED ? 8 : 16;
-    for (int i = threadIdx.x; i < kColumns * 8 * TILES; i += kWarps * 32) {
-        int place = i % kColumns, token = i / kColumns, column = tile * kColumns + place;
-        if (first_token + token >= l.tokens || column >= (GATED ? l.rows / 2 : l.rows)) continue;
-        sum_t total = 0, up = 0;
+constexpr int kColumns = GATED ? 8 : 16;  // results of a tile, per token
+
+DEVICE void store_tile(const Linear& l, int tile, const sum_t* exchange, const float* x_scales, const Finish& own, const Finish& up) {
+    int place = threadIdx.x % kColumns, column = tile * kColumns + place;
+    if (column >= (GATED ? l.rows / 2 : l.rows)) return;
+    for (int token = threadIdx.x / kColumns; token < min(8 * TILES, l.tokens - l.first_token); token += kWarps * 32 / kColumns) {
+        sum_t total = 0, second = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
             const sum_t* part = exchange + (w * 8 * TILES + token) * kPad;
             total += part[place];
-            if constexpr (GATED) up += part[place + 8];
+            if constexpr (GATED) second += part[place + 8];
         }
-        float y = finish(l, float(total), column, first_token + token);
-        if constexpr (GATED) y = swiglu<X == F32>(y, finish(l, float(up), l.rows / 2 + column, first_token + token));
-        s64 at = s64(first_token + token) * l.out_stride + l.out_column + column;
+        float y = own.of(l, float(total), x_scales[token]);
+        if constexpr (GATED) y = swiglu<X == F32>(y, up.of(l, float(second), x_scales[token]));
+        s64 at = s64(l.first_token + token) * l.out_stride + l.out_column + column;
         if constexpr (OUT == INT8 || OUT == E4M3) ((u8*)l.out)[at] = encode<OUT>(y, l.out_scale);
         else store_one<OUT>(l.out, at, y);
     }
@@ -210,10 +231,12 @@ KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 && GROUP != 32 ? 2 : 1)
     linear_stream(const void* x, const float* x_scale, int x_step, const u8* w, const float* w_scale, const int* w_zero,
                   const float* bias, void* out, s64 out_stride, int out_column, int tokens, int rows, int columns,
                   s64 row_bytes, float out_scale, float* scale_written) {
-    __shared__ sum_t exchange[kWarps * 8 * TILES * kPad];
-    Linear l{x, x_scale, x_step, w, w_scale, w_zero, bias, out, out_stride, out_column, tokens, rows, columns, row_bytes, out_scale};
+    sum_t* exchange = (sum_t*)memory;
+    float* x_scales = (float*)(memory + kExchange);
+    Linear l{x, x_scale, x_step, w, w_scale, w_zero, bias, out, out_stride, out_column, tokens, rows, columns, row_bytes,
+             out_scale, int(blockIdx.y) * 8 * TILES};
     let_successor_start();
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * 8 * TILES;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int tiles = GATED ? (rows / 2 + 7) / 8 : (rows + 15) / 16, blocks = (columns + kBlock - 1) / kBlock;
     int begin = blocks * warp / kWarps, end = blocks * (warp + 1) / kWarps;
     int batches = ((blocks + kWarps - 1) / kWarps + kDepth - 1) / kDepth;
@@ -223,8 +246,12 @@ KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 && GROUP != 32 ? 2 : 1)
     for (int d = 0; d < kDepth; ++d) next[d] = load_weights(l, blockIdx.x, begin + d, end, lane);
     wait_for_predecessor();
     if (scale_written && blockIdx.x + blockIdx.y + threadIdx.x == 0) *scale_written = out_scale;
+    if (threadIdx.x < 8 * TILES)
+        x_scales[threadIdx.x] = kCodes ? x_scale[x_step * min(l.first_token + int(threadIdx.x), tokens - 1)] : 1.0f;
+    if constexpr (HELD) hold_inputs(l);
     for (int m = 0; m < mine; ++m) {
-        int tile = blockIdx.x + m * gridDim.x;
+        int tile = blockIdx.x + m * gridDim.x, place = threadIdx.x % kColumns;
+        Finish own(l, row_of(l, tile, place)), up(l, row_of(l, tile, GATED ? place + 8 : place));
         sum_t sum[TILES][4] = {};
         for (int batch = 0; batch < batches; ++batch) {
             Weights current[kDepth];
@@ -237,7 +264,7 @@ KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 && GROUP != 32 ? 2 : 1)
             }
 #pragma unroll
             for (int d = 0; d < kDepth; ++d)
-                multiply<kCodes>(l, current[d], tile, begin + batch * kDepth + d, end, first_token, lane, sum);
+                multiply<kCodes>(l, current[d], tile, begin + batch * kDepth + d, end, lane, sum);
         }
         sum_t* part = exchange + warp * 8 * TILES * kPad;
 #pragma unroll
@@ -245,7 +272,7 @@ KERNEL void __launch_bounds__(kWarps * 32, TILES < 8 && GROUP != 32 ? 2 : 1)
 #pragma unroll
             for (int c = 0; c < 4; ++c) part[(n * 8 + lane % 4 * 2 + c % 2) * kPad + lane / 4 + c / 2 * 8] = sum[n][c];
         __syncthreads();
-        store_tile(l, tile, first_token, exchange);
+        store_tile(l, tile, exchange, x_scales, own, up);
         __syncthreads();
     }
 }
