@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantbench.pipeline import discard, give_freed_memory_back
+from quantbench.errors import RecipeError
+from quantbench.pipeline import Options, discard, give_freed_memory_back, load
+from tests.tiny import write_tiny_model
 
 FILES = (
     "plan.json",
@@ -40,6 +42,16 @@ def test_a_stage_and_what_follows_it_are_deleted(tmp_path: Path, start: str | No
     discard(tmp_path, start)
     assert {p.name for p in tmp_path.iterdir()} == kept
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", hidden_size=100)
+    recipe = tmp_path / "recipe.yaml"
+    words = f"model: {model}\nmodes: [a8w8]\ntransforms: [rotate]\noutput: {tmp_path / 'run'}\n"
+    recipe.write_text(words)
+    with pytest.raises(RecipeError, match=r"^a8w8: hidden_size 100: rotation: no matrix for 100 channels"):
+        load(str(recipe), Options())
+    assert not (tmp_path / "run").exists()
 
 
 def resident_bytes() -> int:
