@@ -20,7 +20,6 @@ from quantbench.scales.arrays import F32
 from quantbench.scales.table import Entry, ScaleTable
 from quantbench.vocabulary import SMOOTH_TARGETS, LayerPlan
 
-
 ROWS = 256  # outputs of each linear that the search looks at: half the time of 512, as a rule the same factors
 
 
