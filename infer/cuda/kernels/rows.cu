@@ -46,11 +46,11 @@ DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scal
             scales[0] = given;
         }
         if (top >= 0x7f800000u) atomicOr(bad, 1u);
+        float inverse = __frcp_rn(scale);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             u8 q[V];
-#pragma unroll
-            for (int j = 0; j < V; ++j) q[j] = encode<FORMAT>(row.v[c][j], scale);
+            encode_all<FORMAT>(row.v[c], scale, inverse, q);
             if (holds(c)) store_codes<V>(codes, start + column(c), q);
         }
     }
