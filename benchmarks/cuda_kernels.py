@@ -1,6 +1,6 @@
 """Times single CUDA kernels at the shapes of Llama-3-8B: microseconds, and the share of a copy's bandwidth.
 
-    PYTHONPATH=src python benchmarks/cuda_kernels.py [gemm] [attention] [rows] [--json OUT]
+    PYTHONPATH=src python benchmarks/cuda_kernels.py [gemm] [attention] [rows] [large] [weight-only] [--json OUT]
 
 Every figure is the mean over replays of a graph, a quarter of a second of them after as much warm-up. Weights and
 pages rotate through more than 300 MB, so they come from memory and not from the L2 cache. 4.244 TB/s is what a copy
@@ -170,6 +170,8 @@ def main(arguments: list[str]) -> None:
     ]
     if "gemm" in wanted:
         time_gemm(device, ["int8", "bf16", "fp8", "w4-128", "w8"], (1, 16, 32, 64, 128, 256))
+    if "weight-only" in wanted:
+        time_gemm(device, ["w4-128", "w8"], (1, 8, 32, 64))
     if "large" in wanted:
         time_gemm(device, ["int8", "fp8", "bf16", "w4-128"], (2048,))
     if "attention" in wanted:
