@@ -50,7 +50,7 @@ def choose_block(
     for name, options in words:
         if TRANSFORMS[name].last:
             continue
-        if diagnosis:
+        if diagnosis and name != "rotate":  # the block is turned already: there is nothing before it to tell
             diagnosis(before, block, table)
         for entry in TRANSFORMS[name].decide(block, table, options):
             table.add(entry)

@@ -57,6 +57,11 @@ def test_every_linear_has_every_stage() -> None:
     assert diagnosed(variant("bf16"))[0] == {}
 
 
+def test_a_rotated_block_begins_behind_its_rotation() -> None:
+    layers, _, _ = diagnosed(variant("a8w8", {"rotate": {}}, SMOOTH))
+    assert all([n.after for n in stages] == ["rotate", "smooth"] for stages in layers.values())
+
+
 @pytest.mark.parametrize("mode", ["a8w8", "a8w8_fp8"])
 def test_losses_are_what_rounding_does_to_real_rows(mode: str) -> None:
     layers, table, _ = diagnosed(variant(mode), with_hessians(weights()))
