@@ -115,14 +115,16 @@ def project(ops: Ops, a: Activation, group: Projection) -> F32:
 
 def batch_of(rows: list[Rows]) -> Batch:
     """The index arrays of one step: per token its id, position and cache slot; per sequence its rows and pages."""
+    tables = np.zeros((len(rows), max(len(r.pages) for r in rows)), np.int32)
+    for table, r in zip(tables, rows, strict=True):
+        table[: len(r.pages)] = r.pages
+    if all(len(r.ids) == 1 for r in rows):
+        return _decoding_batch(rows, tables)
     ids: list[int] = []
     starts = [0]
     for r in rows:
         ids += r.ids
         starts.append(len(ids))
-    tables = np.zeros((len(rows), max(len(r.pages) for r in rows)), np.int32)
-    for table, r in zip(tables, rows, strict=True):
-        table[: len(r.pages)] = r.pages
     owner = np.repeat(np.arange(len(rows)), np.diff(starts))
     positions = np.arange(len(ids)) - np.array(starts)[owner] + np.array([r.start for r in rows])[owner]
     return Batch(
@@ -131,6 +133,18 @@ def batch_of(rows: list[Rows]) -> Batch:
         slots=tables[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
         starts=np.array(starts, np.int32),
         context=np.array([r.start + len(r.ids) for r in rows], np.int32),
+        tables=tables,
+    )
+
+
+def _decoding_batch(rows: list[Rows], tables: npt.NDArray[np.int32]) -> Batch:
+    """One token of every sequence: the step that is run most, in few calls of numpy."""
+    return Batch(
+        ids=np.array([r.ids[0] for r in rows], np.int32),
+        positions=np.array([r.start for r in rows], np.int32),
+        slots=np.array([r.pages[r.start // PAGE] * PAGE + r.start % PAGE for r in rows], np.int64),
+        starts=np.arange(len(rows) + 1, dtype=np.int32),
+        context=np.array([r.start + 1 for r in rows], np.int32),
         tables=tables,
     )
 

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from quantbench.infer.engine.forward import Layer, Model, Projection
 from quantbench.infer.ops import ActSpec, Batch, LayerCache
-from quantbench.infer.ops.cpu import CACHE_KINDS, FORMATS, CpuOps, load_kernels, native_parts
+from quantbench.infer.ops.cpu import BUFFERS, CACHE_KINDS, FORMATS, CpuOps, load_kernels, native_parts
 
 F32 = npt.NDArray[np.float32]
+F32_TYPE = np.dtype(np.float32)
 Rope = tuple[F32, F32]
 
 
@@ -35,7 +36,7 @@ class NativeModel:
     def logits(self, batch: Batch, rope: Rope, rows: npt.NDArray[np.int64]) -> F32 | None:
         """Logits f32[R, V] of `rows` of the batch, whose K and V go into the cache. None where an activation cannot be
         quantized or a logit is not finite: run operation by operation to learn where."""
-        logits = np.empty((len(rows), self._vocabulary), np.float32)
+        logits: F32 = BUFFERS.array((len(rows), self._vocabulary), F32_TYPE)
         fine = self._step.run(
             batch.ids, batch.positions, batch.slots, batch.starts, batch.context, batch.tables, *rope, rows, logits
         )

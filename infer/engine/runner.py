@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +53,8 @@ class Runner:
         """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""
         for begun in (r for r in rows if self._offset and r.start == self._offset):
             self._begin(begun.pages)
-        batch = batch_of(rows)
-        return self._logits(batch, self._rope, batch.starts[1:][wanted].astype(np.int64) - 1)
+        ends = list(accumulate(len(r.ids) for r in rows))
+        return self._logits(batch_of(rows), self._rope, np.array([ends[i] - 1 for i in wanted], np.int64))
 
     def score(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
         """Logits of every position of one window, as (start, f32[chunk, V])."""

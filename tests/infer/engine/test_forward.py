@@ -119,3 +119,15 @@ def test_batch_indices_by_hand() -> None:
     assert batch.starts.tolist() == [0, 3, 4]
     assert batch.context.tolist() == [66, 1]
     assert batch.tables.tolist() == [[4, 2], [1, 0]]
+
+
+def test_a_batch_of_single_tokens_is_as_any_other() -> None:
+    rows = [Rows([5], 63, [4, 2]), Rows([9], 0, [1]), Rows([7], 130, [3, 0, 6])]
+    batch = batch_of(rows)
+    whole = batch_of([*rows, Rows([1, 2], 0, [5])])  # with a prompt beside them
+    for name in ("ids", "positions", "slots", "context"):
+        alone, beside = getattr(batch, name), getattr(whole, name)
+        assert alone.dtype == beside.dtype
+        assert np.array_equal(alone, beside[:3])
+    assert batch.starts.tolist() == [0, 1, 2, 3]
+    assert np.array_equal(batch.tables, whole.tables[:3])
