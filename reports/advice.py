@@ -68,7 +68,7 @@ def outlier_input(variant: str, layer: LayerFacts) -> Finding | None:
 def _outlier_advice(variant: str, layer: LayerFacts) -> tuple[str, ...]:
     """Lines for the recipe. Smoothing first, where it can be folded away and has not been tried."""
     rule = f'rules: [{{match: "{together(layer)}", variants: [{variant}]'
-    smoothable = layer.tap in FOLDABLE_TAPS and layer.activations == "int8" and not layer.transformed
+    smoothable = layer.tap in FOLDABLE_TAPS and layer.activations == "int8" and not layer.smoothed
     return (
         *([f"smooth it: transforms: [{{smooth: {{alpha: {STATIC_ALPHA}}}}}]"] if smoothable else []),
         f"scales per token: {rule}, activations: {{dynamic: true}}}}]",
@@ -119,8 +119,8 @@ def _weight_advice(layer: LayerFacts) -> tuple[str, ...]:
     """What has not been done to it already."""
     done = {_CHANNELS: layer.granularity == "channel", _GPTQ: layer.method == "gptq"}
     lines = tuple(line for line in _WEIGHT_ADVICE[layer.weights] if not done.get(line))
-    smoothed = any(s.after in ("smooth", "piecewise") for s in layer.stages) and layer.activations is not None
-    return (*(("a smaller alpha, which moves less of the input into the weight",) if smoothed else ()), *lines)
+    less = ("a smaller alpha, which moves less of the input into the weight",)
+    return (*(less if layer.smoothed and layer.activations is not None else ()), *lines)
 
 
 def noisy_weight(variant: str, layer: LayerFacts) -> Finding | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantbench.reports.arrays import ScaleEntry, TapRange, Taps
 from quantbench.reports.gather import Run
-from quantbench.reports.stages import NAMES, NORMAL_P999, StageFacts, name_of, sqnr_db, stage_facts
+from quantbench.reports.stages import NORMAL_P999, StageFacts, name_of, sqnr_db, stage_facts
 
 UNIFORM_NOISE_DB = 10 * math.log10(12)  # rounding to a step has noise step²/12 (Bennett 1948)
 
@@ -57,17 +57,13 @@ class LayerFacts:
     method: str
     group_size: int | None = None
     granularity: str | None = None
+    smoothed: bool = False  # its input's channels are divided by factors: smooth, piecewise, awq
     stages: tuple[StageFacts, ...] = ()  # as the model came, behind each transform, as stored
 
     @property
     def output_sqnr_db(self) -> float | None:
         """Of the outputs, at the last stage."""
         return self.stages[-1].output_sqnr_db if self.stages else None
-
-    @property
-    def transformed(self) -> bool:
-        """Whether a transform of the recipe has worked on it already."""
-        return any(s.after not in NAMES for s in self.stages)
 
     @property
     def last_stage(self) -> str:
@@ -107,8 +103,7 @@ def layer_facts(run: Run, variant: str) -> list[LayerFacts]:
     if run.plan is not None and variant in run.plan.variants:
         planned = run.plan.variants[variant].layers
         names = [name for name in planned if name in names] + [name for name in names if name not in planned]
-    own = variant in run.statistics
-    context = _Context(run.taps(variant), {} if own else transformed_taps(table))
+    context = _Context(run.taps(variant), transformed_taps(table))
     return [_facts(name, run, variant, context) for name in names]
 
 
@@ -152,6 +147,7 @@ def _facts(name: str, run: Run, variant: str, context: _Context) -> LayerFacts:
         method=planned.method if planned else "rtn",
         group_size=weight.about.group_size,
         granularity=weight.about.granularity,
+        smoothed=changed,
         stages=stages,
     )
 

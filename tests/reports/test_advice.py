@@ -120,8 +120,7 @@ def test_smoothing_is_offered_only_where_it_can_be_folded_and_was_not_tried() ->
         return any("smooth" in line for line in finding.advice)
 
     assert [offers(tap=tap) for tap in ("attn_in", "mlp_in", "o_in", "down_in")] == [True, True, False, True]
-    assert offers(stages=(stage(""),))
-    assert not offers(stages=(stage(""), stage("smooth")))
+    assert not offers(smoothed=True)
 
 
 def test_weights_are_advised_what_has_not_been_done() -> None:
@@ -133,7 +132,7 @@ def test_weights_are_advised_what_has_not_been_done() -> None:
     assert channel == "weights: {granularity: channel}"
     assert told(granularity="channel") == (gptq, keep)
     assert told(granularity="channel", method="gptq") == (keep,)
-    smoothed = told(granularity="channel", stages=(stage(""), stage("smooth")))
+    smoothed = told(granularity="channel", smoothed=True)
     assert smoothed == ("a smaller alpha, which moves less of the input into the weight", gptq, keep)
 
 

@@ -80,11 +80,17 @@ def test_ranges_before_a_transform_say_nothing_about_what_comes_after(run: Run) 
 
 def test_a_variant_with_its_own_statistics_is_judged_by_them(scratch: Path) -> None:
     x = np.full((64, 48), 7, np.float32)
-    save(scratch / "statistics" / "a8w8c8" / "block_00003.safetensors", {"attn_in": observe(x)})
+    for variant in ("a8w8_dynamic", "a8w8c8"):
+        save(scratch / "statistics" / variant / "block_00003.safetensors", {"attn_in": observe(x)})
     run = read_run(scratch)
-    smoothed = {layer.name: layer for layer in layer_facts(run, "a8w8c8")}["model.layers.3.self_attn.q_proj"]
-    assert smoothed.input_absmax == 7
+    name = "model.layers.3.self_attn.q_proj"
+    plain, smoothed = (
+        next(layer for layer in layer_facts(run, variant) if layer.name == name)
+        for variant in ("a8w8_dynamic", "a8w8c8")
+    )
+    assert plain.input_absmax == 7
     assert run.taps("a8w8")[11]["down_in"].absmax[0] == 3537
+    assert (smoothed.input_p999, smoothed.smoothed) == (None, True)  # its own are of what comes before the factors
 
 
 @given(st.floats(0.01, 100), st.floats(1, 1e4))

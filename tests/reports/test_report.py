@@ -25,7 +25,7 @@ VARIANT = {
 LAYER = {
     "name", "block", "tap", "weights", "weight_sqnr_db", "activations", "dynamic", "input_sqnr_db", "input_absmax",
     "input_p999", "over_channels", "over_layers", "levels", "typical_sqnr_db", "rule", "method", "group_size",
-    "granularity", "stages", "worst_db",
+    "granularity", "smoothed", "stages", "worst_db",
 }  # fmt: skip
 
 

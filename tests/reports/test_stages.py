@@ -79,7 +79,8 @@ def test_an_input_behind_a_transform_is_judged_by_its_steps(diagnosed: Path) -> 
     table[smooth.name] = smooth
     changed = next(layer for layer in layer_facts(run, "a8w8") if layer.name == Q)
     assert changed.levels == pytest.approx(3.29)
-    assert changed.transformed
+    assert changed.smoothed
+    assert not plain.smoothed
     assert changed.last_stage == "after smooth"
 
 
