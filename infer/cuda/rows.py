@@ -72,9 +72,11 @@ def quantize(device: Device, x: DeviceArray, spec: ActSpec) -> Activation:
     if spec.format is None:
         return Activation(values=x)  # type: ignore[arg-type]
     tokens, width = x.shape
-    a, arguments = _output(device, tokens, width, ActSpec(spec.format, spec.scale))
-    kernel = device.kernel("rows.cu", "quantize", **_macros(device, width, ActSpec(spec.format, spec.scale)))
-    device.launch(kernel, tokens, _threads(width), x, *arguments, device.bad)
+    spec_alone = ActSpec(spec.format, spec.scale)
+    a, arguments = _output(device, tokens, width, spec_alone)
+    parts = _parts(device, tokens, width, spec)
+    kernel = device.kernel("rows.cu", "quantize", **_macros(device, width, spec_alone, parts))
+    device.launch(kernel, tokens * parts, _threads(width // parts), x, *arguments, device.bad)
     a.values = x if spec.keep_float else None  # type: ignore[assignment]
     return a
 
@@ -83,8 +85,9 @@ def silu_mul(device: Device, gate_up: DeviceArray, spec: ActSpec = FLOAT) -> Act
     """silu(first half) * second half of gate_up (device dtype) [T, 2I], quantized as `spec` says."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     a, arguments = _output(device, tokens, width, spec)
-    kernel = device.kernel("rows.cu", "silu_mul", **_macros(device, width, spec))
-    device.launch(kernel, tokens, _threads(width), gate_up, a.values, *arguments, device.bad)
+    parts = _parts(device, tokens, width, spec)
+    kernel = device.kernel("rows.cu", "silu_mul", **_macros(device, width, spec, parts))
+    device.launch(kernel, tokens * parts, _threads(width // parts), gate_up, a.values, *arguments, device.bad)
     return a
 
 
@@ -171,11 +174,19 @@ def _threads(width: int) -> int:
     return -(-each // 32) * 32
 
 
-def _macros(device: Device, width: int, spec: ActSpec) -> dict[str, int | str]:
+def _parts(device: Device, tokens: int, width: int, spec: ActSpec) -> int:
+    """Blocks per row: several, as a cluster, where there are too few wide rows to keep the GPU busy."""
+    dynamic = spec.format is not None and spec.scale is None
+    few = tokens * 8 <= 2 * device.multiprocessors and width >= 4096 and width % 64 == 0
+    return 8 if device.hopper and dynamic and few else 1
+
+
+def _macros(device: Device, width: int, spec: ActSpec, parts: int = 1) -> dict[str, int | str]:
     format = 0 if spec.format is None else CODES[spec.format]
     return {
         "WIDTH": width,
-        "THREADS": _threads(width),
+        "PARTS": parts,
+        "THREADS": _threads(width // parts),
         "IO": kind_of(device.dtype),
         "FORMAT": format,
         "STATIC": int(spec.scale is not None),

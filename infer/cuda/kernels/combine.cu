@@ -32,20 +32,6 @@ DEVICE Share join(const float* sums, const float2* parts, s64 first, int column,
     return share;
 }
 
-// The largest magnitude of the row, as bits.
-DEVICE u32 row_maximum(u32 bits) {
-    __shared__ u32 warps[32];
-    u32 top = block_max<THREADS>(bits, warps);
-#if FORMAT != 0 && !STATIC && PARTS > 1
-    __shared__ __align__(16) u32 mine[4];
-    if (threadIdx.x == 0) mine[0] = top;
-    cluster_barrier();
-    for (int rank = 0; rank < PARTS; ++rank) top = max(top, load_from_block(shared_of(mine), rank).x);
-    cluster_barrier();
-#endif
-    return top;
-}
-
 KERNEL void __launch_bounds__(THREADS)
 #if FORMAT != 0 && !STATIC && PARTS > 1
     __cluster_dims__(PARTS, 1, 1)
@@ -82,13 +68,17 @@ KERNEL void __launch_bounds__(THREADS)
         u32 top = __float_as_uint(x) & 0x7fffffffu;
         float scale = given;
         bool first = blockIdx.x == 0 && i == 0;
-        if constexpr (!STATIC) {
-            top = row_maximum(top);
-            scale = dynamic_scale<FORMAT>(__uint_as_float(top));
-            if (first) scales[sequence] = scale;
-        } else if (first && sequence == 0) {
-            scales[0] = given;
-        }
+#if STATIC
+        if (first && sequence == 0) scales[0] = given;
+#else
+        __shared__ u32 warps[32];
+        top = block_max<THREADS>(top, warps);
+#if FORMAT != 0 && PARTS > 1
+        top = cluster_max<PARTS>(top);
+#endif
+        scale = dynamic_scale<FORMAT>(__uint_as_float(top));
+        if (first) scales[sequence] = scale;
+#endif
         if (top >= 0x7f800000u) atomicOr(bad, 1u);
         if (i < kColumns) codes[at] = encode<FORMAT>(x, scale);
     }

@@ -42,6 +42,17 @@ DEVICE uint4 load_from_block(u32 address, int rank) {  // the same shared addres
     return v;
 }
 
+// The largest over the COUNT blocks of a cluster; every thread calls, with its block's own.
+template <int COUNT>
+DEVICE u32 cluster_max(u32 mine) {
+    __shared__ __align__(16) u32 offered[4];
+    if (threadIdx.x == 0) offered[0] = mine;
+    cluster_barrier();
+    for (int rank = 0; rank < COUNT; ++rank) mine = max(mine, load_from_block(shared_of(offered), rank).x);
+    cluster_barrier();  // nobody leaves while others read
+    return mine;
+}
+
 // Descriptor of rows of 128 bytes, placed by a copy with the 128-byte swizzle; 8 rows are 1024 bytes apart.
 DEVICE u64 describe(const void* p) { return u64((shared_of(p) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 

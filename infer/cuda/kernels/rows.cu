@@ -1,10 +1,15 @@
-// Operations on rows of activations: embed, add + RMS norm, quantize, SwiGLU. One block per row, the row in registers.
+// Operations on rows of activations: add + RMS norm, quantize, SwiGLU. One block per row, the row in registers; where there
+// are few wide rows a cluster of PARTS blocks per row, which agree on its largest value (not add_norm).
 //
-// Macros: WIDTH (columns of the result), THREADS, IO (F32 | BF16 | F16: floats between operations), FORMAT (0: stay
+// Macros: WIDTH (columns of the result), PARTS (1, or blocks per row on Hopper), THREADS (of a block), IO (F32 | BF16 | F16: floats between operations), FORMAT (0: stay
 // float, INT8, E4M3), STATIC (1: `given` is the scale of every row; 0: one scale per row is computed and stored),
 // KEEP (1: floats are stored beside the codes).
 #include "common.cuh"
+#include "hopper.cuh"
 
+#ifndef PARTS
+#define PARTS 1
+#endif
 #ifndef STATIC
 #define STATIC 0
 #endif
@@ -13,12 +18,20 @@
 #endif
 
 constexpr int V = WIDTH % 8 == 0 ? 8 : WIDTH % 4 == 0 ? 4 : 1;
-constexpr int kVectors = WIDTH / V, kChunks = (kVectors + THREADS - 1) / THREADS;
+constexpr int kPart = WIDTH / PARTS, kVectors = kPart / V, kChunks = (kVectors + THREADS - 1) / THREADS;
+
+#if PARTS > 1
+#define CLUSTER __cluster_dims__(PARTS, 1, 1)
+#else
+#define CLUSTER
+#endif
 
 struct Row {
     float v[kChunks][V];
 };
 
+DEVICE int row_number() { return blockIdx.x / PARTS; }
+DEVICE int first_column() { return blockIdx.x % PARTS * kPart; }
 DEVICE bool holds(int chunk) { return chunk * THREADS + int(threadIdx.x) < kVectors; }
 DEVICE int column(int chunk) { return (chunk * THREADS + int(threadIdx.x)) * V; }
 
@@ -40,8 +53,11 @@ DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scal
         float scale = given;
         if constexpr (!STATIC) {
             top = block_max<THREADS>(top, shared);
+#if PARTS > 1
+            top = cluster_max<PARTS>(top);
+#endif
             scale = dynamic_scale<FORMAT>(__uint_as_float(top));
-            if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+            if (threadIdx.x == 0 && first_column() == 0) scales[row_number()] = scale;
         } else if (blockIdx.x == 0 && threadIdx.x == 0) {
             scales[0] = given;
         }
@@ -92,11 +108,11 @@ KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, con
 }
 
 // x IO[T, WIDTH] to codes.
-KERNEL void __launch_bounds__(THREADS) quantize(const void* x, u8* codes, float* scales, float given, u32* bad) {
+KERNEL void __launch_bounds__(THREADS) CLUSTER quantize(const void* x, u8* codes, float* scales, float given, u32* bad) {
     let_successor_start();
     wait_for_predecessor();
     Row row;
-    s64 start = s64(blockIdx.x) * WIDTH;
+    s64 start = s64(row_number()) * WIDTH + first_column();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
         if (holds(c)) load_vector<IO>(x, start + column(c), row.v[c]);
@@ -104,18 +120,18 @@ KERNEL void __launch_bounds__(THREADS) quantize(const void* x, u8* codes, float*
 }
 
 // silu(first half) * second half of gate_up IO[T, 2 WIDTH] (SwiGLU, Shazeer 2020).
-KERNEL void __launch_bounds__(THREADS) silu_mul(const void* gate_up, void* values, u8* codes, float* scales, float given,
+KERNEL void __launch_bounds__(THREADS) CLUSTER silu_mul(const void* gate_up, void* values, u8* codes, float* scales, float given,
                                                 u32* bad) {
     let_successor_start();
     wait_for_predecessor();
     Row row;
-    s64 start = s64(blockIdx.x) * WIDTH;
+    s64 start = s64(row_number()) * WIDTH + first_column(), gates = s64(row_number()) * 2 * WIDTH + first_column();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
         if (!holds(c)) continue;
         float gate[V], up[V];
-        load_vector<IO>(gate_up, 2 * start + column(c), gate);
-        load_vector<IO>(gate_up, 2 * start + WIDTH + column(c), up);
+        load_vector<IO>(gate_up, gates + column(c), gate);
+        load_vector<IO>(gate_up, gates + WIDTH + column(c), up);
 #pragma unroll
         for (int j = 0; j < V; ++j) row.v[c][j] = swiglu<IO == F32>(gate[j], up[j]);
     }
