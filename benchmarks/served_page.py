@@ -33,9 +33,9 @@ checkpoint, imports, reading and writing included, and the most memory it held;
 
 
 def write_page(results: Path, page: Path = PAGE, reached: Path = REACHED) -> None:
-    found = json.loads(results.read_text())
-    page.write_text(page_of(found))
-    reached.write_text(json.dumps(reached_of(found), indent=1) + "\n")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    page.write_text(page_of(found), encoding="utf-8")
+    reached.write_text(json.dumps(reached_of(found), indent=1) + "\n", encoding="utf-8")
 
 
 def page_of(found: Record) -> str:

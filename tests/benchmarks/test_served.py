@@ -206,3 +206,10 @@ def test_an_unknown_entry_is_told(tiny_model: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 1
     assert done.stderr.strip() == "no such entry: tiny/w8a8. `list` names them all"
+
+
+@pytest.mark.skipif(not served.RESULTS.exists(), reason="nothing has been measured yet")
+def test_the_committed_pages_are_what_the_committed_results_say() -> None:
+    found = json.loads(served.RESULTS.read_text(encoding="utf-8"))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_of(found), "run: python benchmarks/served.py page"
+    assert json.loads(page.REACHED.read_text(encoding="utf-8")) == page.reached_of(found)
