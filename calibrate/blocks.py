@@ -25,7 +25,7 @@ from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.diagnosis import Diagnosis, merge_files
 from quantbench.calibrate.forward import BlockForward, Float
 from quantbench.calibrate.hidden import HiddenStates
-from quantbench.calibrate.prefix import Search, folded, of_model, prefix_for
+from quantbench.calibrate.prefix import Search, folded, of_model, prefix_for, with_prefix
 from quantbench.calibrate.rotated import Turn, first_hidden, model_of, rotation_table
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
@@ -113,10 +113,10 @@ def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
     for layer in range(hidden.layer, job.source.config.num_layers):
         weights = stream.model.float_block(layer)
         seen, after = collect_block(job.forward, layer, weights, hidden, options, advance=not stream.quantized)
+        seen = with_prefix(seen, prefix, layer)
         stats.save(statistics_path(job, stream, layer), seen)
-        looks = Looks(
-            partial(observe_again, job, options, layer, weights, hidden), TapSample(job.forward, layer, weights, hidden)
-        )
+        again = partial(observe_again, job, options, weights, hidden, prefix)
+        looks = Looks(again, TapSample(job.forward, layer, weights, hidden))
         decide_and_write(job, writers, layer, weights, seen, looks)
         hidden = hand_on(job, writers[stream.name], prefix, hidden) if stream.quantized else after
         hidden.commit()
@@ -126,15 +126,16 @@ def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
 def observe_again(
     job: BlockJob,
     options: Collect,
-    layer: int,
     weights: Mapping[str, Float],
     hidden: HiddenStates,
+    prefix: Prefix | None,
     factors: Mapping[str, Float],
     shifts: Mapping[str, Float],
 ) -> dict[str, stats.Statistics]:
     """Statistics of (tap - shift) · factor: a second look at one block, where they cannot be derived."""
     again = replace(options, taps=tuple({**factors, **shifts}), factors=factors, shifts=shifts)
-    return collect_block(job.forward, layer, weights, hidden, again, advance=False)[0]
+    seen = collect_block(job.forward, hidden.layer, weights, hidden, again, advance=False)[0]
+    return with_prefix(seen, prefix, hidden.layer, factors, shifts)
 
 
 def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:

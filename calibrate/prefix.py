@@ -12,7 +12,7 @@ costs or gains up to 1 % of perplexity by what it says. Keys and values are thos
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.models import TAPS, ModelConfig, block_prefix
 from quantbench.infer.validate.likelihood import token_nll
 from quantbench.quantizers.prefix import giants, largest, spread, token_ratios
+from quantbench.scales.statistics import Statistics, merge, observe
 from quantbench.scales.table import ScaleTable, write_atomically
 
 WINDOWS, LENGTH = 192, 4  # of calibration text that every candidate is tried on
@@ -200,12 +201,20 @@ def prefix_for(folder: Path, search: Search, wanted: str | Sequence[int]) -> Pre
     """What the recipe's word asks for: from the run folder where it was found before, else found and kept there."""
     if wanted == "off":
         return None
-    place = folder / FOLDER / (wanted if isinstance(wanted, str) else "-".join(map(str, wanted)))
-    found = load_prefix(place, search.source.config)
+    found = kept_prefix(folder, wanted, search.source.config)
     if found is None:
         found = find_prefix(search, wanted, search.source.tokenizer())
-        save_prefix(place, found)
+        save_prefix(place_of(folder, wanted), found)
     return found
+
+
+def kept_prefix(folder: Path, wanted: str | Sequence[int], config: ModelConfig) -> Prefix | None:
+    """What the run folder holds for the recipe's word; None for off, and before it is found."""
+    return load_prefix(place_of(folder, wanted), config)
+
+
+def place_of(folder: Path, wanted: str | Sequence[int]) -> Path:
+    return folder / FOLDER / (wanted if isinstance(wanted, str) else "-".join(map(str, wanted)))
 
 
 def of_model(prefix: Prefix | None, model: ModelSource) -> Prefix | None:
@@ -219,14 +228,40 @@ def folded(prefix: Prefix | None, table: ScaleTable, config: ModelConfig) -> Pre
     """The prefix behind the transforms of `table`: K and V of every block as its folded weights make them."""
     if prefix is None:
         return None
-    arrays = {"k": prefix.k.copy(), "v": prefix.v.copy()}
+    blocks = []
     for layer in range(config.num_layers):
-        factors, shifts = tap_factors(layer, table, config), tap_shifts(layer, table, config)
-        for tap in arrays.keys() & shifts.keys():
-            arrays[tap][layer] -= shifts[tap].reshape(config.num_kv_heads, 1, config.head_dim)
-        for tap in arrays.keys() & factors.keys():
-            arrays[tap][layer] *= factors[tap].reshape(config.num_kv_heads, 1, config.head_dim)
-    return replace(prefix, k=arrays["k"], v=arrays["v"])
+        rows = _rows(prefix, layer, tap_factors(layer, table, config), tap_shifts(layer, table, config))
+        blocks.append([x.reshape(-1, config.num_kv_heads, config.head_dim).transpose(1, 0, 2) for x in rows.values()])
+    k, v = (np.stack(arrays) for arrays in zip(*blocks, strict=True))
+    return replace(prefix, k=k, v=v)
+
+
+def with_prefix(
+    seen: dict[str, Statistics],
+    prefix: Prefix | None,
+    layer: int,
+    factors: Mapping[str, Float] | None = None,
+    shifts: Mapping[str, Float] | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of K and V with the prefix's own, as one more batch: the cache holds them under the same scales.
+
+    `factors`, `shifts`: of the transforms that `seen` is behind. Other taps never see the prefix.
+    """
+    if prefix is None:
+        return seen
+    rows = {tap: x for tap, x in _rows(prefix, layer, factors or {}, shifts or {}).items() if tap in seen}
+    own = {tap: replace(observe(x, seen[tap].rows), live=seen[tap].live) for tap, x in rows.items()}
+    return seen | {tap: merge(seen[tap], own[tap]) for tap in own}
+
+
+def _rows(prefix: Prefix, layer: int, factors: Mapping[str, Float], shifts: Mapping[str, Float]) -> dict[str, Float]:
+    """K and V [p, KV*d] of one block, moved and scaled as its transforms do."""
+    found = {}
+    for tap, heads in (("k", prefix.k[layer]), ("v", prefix.v[layer])):
+        x = heads.transpose(1, 0, 2).reshape(len(prefix), -1)
+        moved = x - shifts[tap] if tap in shifts else x
+        found[tap] = np.ascontiguousarray(moved * factors[tap] if tap in factors else moved)
+    return found
 
 
 def load_prefix(folder: Path, config: ModelConfig) -> Prefix | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.data import eval_windows
+from quantbench.calibrate.prefix import kept_prefix
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
 from quantbench.infer.engine import Engine, Trace
@@ -99,12 +100,15 @@ def measure_parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan
     context = min(first.context, recipe.parity.tokens + 1, PARITY_CONTEXT)
     windows = [w.tolist() for w in eval_windows(first.data, recipe.parity.tokens, context, source.tokenizer())]
     progress.stage("parity", len(plan.variants))
-    base = float_states(EngineSpec(recipe.model, "fp32"), windows)
+    bases: dict[str | tuple[int, ...], list[Trace]] = {}  # the float model behind each prefix
     variants = {}
-    for name in plan.variants:
+    for name, planned in plan.variants.items():
+        if planned.prefix not in bases:
+            prefix = kept_prefix(folder, planned.prefix, source.config)
+            bases[planned.prefix] = float_states(Engine.load(source, "fp32", prefix=prefix), windows)
         checkpoint = open_model(checkpoint_path(folder, name))
         judged, engine = Parity(), Engine.load(checkpoint)
-        for window, float_trace in zip(windows, base, strict=True):
+        for window, float_trace in zip(windows, bases[planned.prefix], strict=True):
             served = engine.trace(window)
             followed = simulate(checkpoint, window, followed=served.hidden)
             free = simulate(checkpoint, window, taps=False).logits
@@ -115,9 +119,8 @@ def measure_parity(folder: Path, recipe: Recipe, source: ModelSource, plan: Plan
     return {"tokens": sum(map(len, windows)), "variants": variants, "machine": describe_machine()}
 
 
-def float_states(spec: EngineSpec, windows: list[list[int]]) -> list[Trace]:
+def float_states(engine: Engine, windows: list[list[int]]) -> list[Trace]:
     """Traces with nothing but the hidden states, which is all that is compared with the float model."""
-    engine = spec()
     return [Trace(hidden=engine.trace(window).hidden) for window in windows]
 
 

@@ -170,6 +170,9 @@ def test_statistics_and_scales_are_those_of_the_text_behind_it(model: ModelSourc
     job = run(tmp_path, model, plan(model, "plain", "a8w8"), behind(model, "a", "a8w8"), behind(model, "b", "a8w8"))
     seen = {n: load(tmp_path / "statistics" / n / "block_00000.safetensors")["down_in"] for n in ("", "a", "b")}
     assert seen["a"].tokens == seen[""].tokens == TEXT.size
+    cached = load(tmp_path / "statistics" / "a" / "block_00000.safetensors")["v"]
+    assert cached.tokens == TEXT.size + 1
+    assert cached.absmax.max() > 4  # the sink's own value, which the cache must hold
     assert seen["a"].absmax[0] < 0.05 * seen[""].absmax[0]
     assert (tmp_path / "statistics" / "b").is_symlink()
     assert open_model(checkpoint_path(tmp_path, "plain")).prefix is None

@@ -159,3 +159,24 @@ def test_a_method_with_settings_reaches_its_layers_and_survives_lock_and_plan_fi
     assert load_recipe(lock).model_dump() == recipe.model_dump()
     (tmp_path / "plan.json").write_text(json.dumps(plan_json(plan)))
     assert load_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_prefix_is_the_variants_or_for_all_that_quantize_weights(layers: Layers, facts: ModelFacts) -> None:
+    modes = "[bf16, a8w8, {name: b, mode: a8w8, prefix: off}, {name: c, mode: fp32, prefix: [1, 319]}]"
+    plan = planned(f"modes: {modes}\nprefix: auto", layers, facts)
+    assert [v.prefix for v in plan.variants.values()] == ["off", "auto", "off", (1, 319)]
+
+
+def test_a_prefix_is_of_the_vocabulary(layers: Layers, facts: ModelFacts) -> None:
+    modes = "[{mode: a8w8}, {name: b, mode: a8w8, prefix: [1, 400]}]"
+    assert refused(f"prefix: [320]\nmodes: {modes}", layers, facts) == (
+        "recipe:2: prefix: [320] are outside the vocabulary of 320",
+        "recipe:3: modes[1].prefix: [400] are outside the vocabulary of 320",
+    )
+
+
+def test_a_prefix_survives_the_plan_file(layers: Layers, facts: ModelFacts, tmp_path: Path) -> None:
+    plan = planned("modes: [a8w8, {name: b, mode: a8w8, prefix: [5, 6]}]\nprefix: auto", layers, facts)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan_json(plan)))
+    assert [v.prefix for v in load_plan(file).variants.values()] == ["auto", (5, 6)]

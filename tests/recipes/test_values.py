@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantbench.recipes.values import byte_count, fraction, observer
+from quantbench.recipes.values import byte_count, fraction, observer, prefix
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,16 @@ def test_what_is_no_size(text: str) -> None:
 def test_observers_have_one_spelling() -> None:
     assert observer({"percentile": 99}) == observer("percentile=99") == "percentile=99.0"
     assert observer("paddleslim:hist") == "paddleslim:hist"
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("auto", "auto"), ("off", "off"), (False, "off"), ([1, 198], (1, 198)), ((0,), (0,))]
+)
+def test_prefixes(value: object, kept: object) -> None:
+    assert prefix(value) == kept
+
+
+@pytest.mark.parametrize("value", ["on", [], [1, -1], [True], ["1"], 7, True, {"tokens": [1]}])
+def test_what_is_no_prefix(value: object) -> None:
+    with pytest.raises(ValueError, match=r"expected auto, off, or a list of token ids such as \[1, 198\], got"):
+        prefix(value)
