@@ -1,7 +1,7 @@
 # make demo   installs into .venv, fetches the demo model and text, calibrates, serves and reports
 # make test   installs and runs everything CI runs
 # make results  every bundled recipe on the demo model, served: benchmarks/results/methods.json and docs/results.md
-# make check  the part of it that needs no model: ruff, mypy, pytest
+# make check  the part of it that needs no model: ruff, mypy, CUDA kernels compiled (without a GPU), pytest
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # PaddleSlim pins an opencv that breaks on numpy 2 and forgets what it really imports: see docs/measuring.md
 SLIM_NEEDS := six requests decorator scikit-learn pyzmq
 
-.PHONY: demo results test check lint unit models sanitize install clean
+.PHONY: demo results test check kernels lint unit models sanitize install clean
 
 install: $(INSTALLED)
 
@@ -38,7 +38,10 @@ lint: install
 unit: install
 	$(BIN)/python -m pytest -m "not model" --durations=8
 
-check: lint unit
+kernels: install
+	$(BIN)/python -m quantbench.infer.cuda.report --out build/cuda-kernels.json
+
+check: lint kernels unit
 
 models: install
 	$(BIN)/quantbench fetch demo:smollm2 demo:wikipedia
