@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ def calibrate(entry: Entry, spec: str, folder: Path, threads: int) -> Words:
     begin = time.perf_counter()
     found = child("--calibrate", str(recipe), threads=threads)
     found = {"seconds": time.perf_counter() - begin, **found}
+    shutil.rmtree(folder / "statistics", ignore_errors=True)  # Hessians of a model are several times its checkpoint
     told.write_text(json.dumps(found))
     return found
 
