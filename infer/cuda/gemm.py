@@ -29,7 +29,7 @@ INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 HELD_BYTES = 72 << 10  # of inputs that a streaming block keeps in shared memory
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
-WIDE_TOKENS = 128  # above it a quantized weight with float inputs is widened to bf16 first
+WIDE_TOKENS = 64  # above it a quantized weight with float inputs is widened to bf16 first
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def widened(device: Device, w: DeviceWeight) -> DeviceWeight:
         "plain.cu", "widen_weight", X=BF16, W=_base(w.kind), OUT=BF16, ASYM=int(w.zero is not None), EXACT=0
     )
     device.launch(
-        kernel, (-(-w.columns // 512), w.rows), 256, w.codes, w.scale, w.zero, codes, w.rows, w.columns,
+        kernel, (-(-w.columns // 2048), w.rows), 256, w.codes, w.scale, w.zero, codes, w.rows, w.columns,
         np.int64(w.codes.nbytes // w.rows), w.group_size or w.columns,
     )  # fmt: skip
     return DeviceWeight(BF16, w.rows, w.columns, codes, bias=w.bias)

@@ -45,6 +45,13 @@ def takes(device: Device, w: DeviceWeight, out: DeviceArray, column: int) -> boo
     return device.hopper and whole and column % 4 == 0 and out.shape[1] % 4 == 0
 
 
+def finishes_in_registers(cut: Cut, w: DeviceWeight, out: DeviceArray, column: int, gated: bool) -> bool:
+    """Whether results may leave as 16 bytes of 16-bit floats straight from the registers: K is not split, everything
+    stands in whole eights."""
+    whole = out.shape[1] % 8 == 0 and column % 8 == 0 and w.rows % (16 if gated else 8) == 0
+    return cut.split == 1 and out.dtype.itemsize == 2 and whole
+
+
 def cut_for(tokens: int, rows: int, slices: int, multiprocessors: int) -> Cut:
     """A cut for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes. What was fastest on an H200, by size of the
     weight: large ones have blocks enough; of small ones rows are halved and K is split."""
@@ -79,6 +86,7 @@ def linear(
     out_scale: float = 1.0,
     written: DeviceArray | None = None,
     cut: Cut | None = None,
+    direct: bool | None = None,
 ) -> None:
     """out[:, column..] = x @ w.T as kernels/wgmma.cu does it; `gated`: silu(first half) * second half, in the dtype of
     `out`, codes with the one scale `out_scale`, which
@@ -86,13 +94,15 @@ def linear(
     tokens, element = len(x), x.dtype.itemsize
     slices = -(-w.columns * element // SLICE)
     cut = cut or cut_for(tokens, w.rows, slices, device.multiprocessors)
+    if direct is None:
+        direct = tokens > WIDEST and finishes_in_registers(cut, w, out, column, gated)
     kernel = device.kernel(
         "wgmma.cu", "linear_wgmma", ELEMENT=kind_of(x.dtype), OUT=kind_of(out.dtype), TOKENS=cut.tokens, ROWS=cut.rows,
-        STAGES=cut.stages, SPLIT=cut.split, BLOCKS=cut.blocks, GATED=int(gated),
+        STAGES=cut.stages, SPLIT=cut.split, BLOCKS=cut.blocks, GATED=int(gated), DIRECT=int(direct),
     )  # fmt: skip
     inner, half = SLICE // element, cut.rows // 2
     columns = half if gated else cut.rows
-    w_map = device.tensor_map(w.codes, (columns, inner))
+    w_map = device.tensor_map(w.codes, (8 if gated and direct else columns, inner))
     x_map = device.tensor_map(x, (cut.tokens, inner))
     grid = -(-tokens // cut.tokens), -(-(w.rows // 2 if gated else w.rows) // columns), cut.split
     step = 0 if scale is None or scale.size == 1 else 1

@@ -66,16 +66,30 @@ KERNEL void __launch_bounds__(256) linear_plain(const void* x, const float* x_sc
         }
 }
 
-// The weight itself as bf16 [N, K], for products of many tokens.
-KERNEL void widen_weight(const u8* w, const float* scale, const int* zero, u16* out, int rows, int columns, s64 row_bytes,
-                         int group) {
+// The weight itself as bf16 [N, K], for products of many tokens: eight neighbours per thread, K a multiple of 8.
+KERNEL void __launch_bounds__(256) widen_weight(const u8* w, const float* scale, const int* zero, u16* out, int rows, int columns,
+                                                s64 row_bytes, int group) {
     let_successor_start();
     wait_for_predecessor();
-    int n = blockIdx.y, k = (blockIdx.x * blockDim.x + threadIdx.x) * 2;
+    int n = blockIdx.y, k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (k >= columns) return;
-    float low = weight(w, row_bytes, n, k, scale, zero, rows, group);
-    float high = k + 1 < columns ? weight(w, row_bytes, n, k + 1, scale, zero, rows, group) : 0.0f;
-    s64 at = s64(n) * columns + k;
-    if (columns % 2 == 0) *(u32*)(out + at) = pack_bf16(low, high);
-    else out[at] = u16(pack_bf16(low, 0.0f)), k + 1 < columns ? void(out[at + 1] = u16(pack_bf16(high, 0.0f))) : void();
+    float v[8];
+    if constexpr (W == INT4) {
+        int place = k % 32 / 8 * 4 + k % 128 / 32;
+        u32 word = ((const u32*)(w + n * row_bytes))[k / 128 * 16 + place];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = float(int((word >> (4 * (i % 2 * 4 + i / 2))) & 15u) - 8);
+    } else {
+        uint2 codes = *(const uint2*)(w + n * row_bytes + k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = load_one<W>(&codes, i);
+    }
+    s64 at = s64(k / group) * rows + n;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (group % 8) at = s64((k + i) / group) * rows + n;
+        if constexpr (ASYM) v[i] -= float(zero[at]);
+        v[i] *= scale[at];
+    }
+    store_vector<BF16>(out, s64(n) * columns + k, v);
 }

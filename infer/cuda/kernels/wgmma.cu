@@ -5,9 +5,15 @@
 // warpgroup multiplies 64 rows. SPLIT blocks of a cluster divide K; their sums are added through the cluster's shared
 // memory in a fixed order, so results repeat, and each block stores its share.
 //
+// DIRECT (many tokens): results are finished in registers and go through shared memory as 16-bit floats. Gate and up rows
+// then alternate by eights in a stage, so that a thread holds both.
+//
 // Macros: ELEMENT (INT8 | E4M3 | BF16 | F16 of x and w), OUT (F32 | BF16 | F16 | INT8 | E4M3), TOKENS (8 .. 256, a power of
 // two), ROWS (64, 128 or 256 per block), STAGES, SPLIT, BLOCKS (per multiprocessor), GATED (1: rows are gate then up;
-// y = silu(gate) * up has N / 2 columns).
+// y = silu(gate) * up has N / 2 columns), DIRECT (1: SPLIT is 1, OUT BF16 or F16).
+#ifndef DIRECT
+#define DIRECT 0
+#endif
 #include "common.cuh"
 #include "hopper.cuh"
 #include "product.cuh"
@@ -25,6 +31,21 @@ struct Shared {
     u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Stage) * STAGES >= TOKENS * kPad * 4, "the results must fit the stages");
+
+
+// Four 8 x 8 matrices of 16-bit elements, transposed, to the rows whose addresses the lanes give.
+DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+struct Row {
+    float scale, bias;
+    DEVICE Row(const float* scales, const float* biases, int row) : scale(scales ? scales[row] : 1.0f), bias(biases ? biases[row] : 0.0f) {}
+    DEVICE float finish(sum_t sum, float x_scale, bool scaled, bool biased) const {
+        float y = scaled ? __fmul_rn(float(sum), __fmul_rn(x_scale, scale)) : float(sum);
+        return biased ? __fadd_rn(y, bias) : y;
+    }
+};
 
 struct Four {
     float v[4];
@@ -93,8 +114,15 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
                 u64* barrier = &shared.full[i % STAGES];
                 expect_bytes(barrier, sizeof(Stage));
                 int column = (begin + i) * kSliceInputs;
-                copy_box(stage.w, &w_map, barrier, column, first_row, policy);
-                if (GATED) copy_box(stage.w + kColumns * kSlice, &w_map, barrier, column, second_row, policy);
+                if (GATED && DIRECT) {
+                    for (int r = 0; r < ROWS / 16; ++r) {
+                        copy_box(stage.w + r * 16 * kSlice, &w_map, barrier, column, first_row + r * 8, policy);
+                        copy_box(stage.w + (r * 16 + 8) * kSlice, &w_map, barrier, column, second_row + r * 8, policy);
+                    }
+                } else {
+                    copy_box(stage.w, &w_map, barrier, column, first_row, policy);
+                }
+                if (GATED && !DIRECT) copy_box(stage.w + kColumns * kSlice, &w_map, barrier, column, second_row, policy);
             };
             auto copy_inputs = [&](int i) {
                 copy_box(shared.stages[i % STAGES].x, &x_map, &shared.full[i % STAGES], (begin + i) * kSliceInputs, first_token, kKeep);
@@ -118,6 +146,12 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
         return;
     }
     int group = warp / 4, thread = threadIdx.x % 128;
+#if DIRECT
+    __shared__ __align__(16) float x_scales[TOKENS];
+    wait_for_predecessor();
+    for (int i = threadIdx.x; i < TOKENS; i += kConsumers)
+        x_scales[i] = x_scale ? x_scale[x_step * min(first_token + i, tokens - 1)] : 1.0f;
+#endif
     sum_t sum[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0;
@@ -142,6 +176,42 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
 #endif
     }
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");  // the stages are free: results go there, token by token
+#if DIRECT
+    int limit = GATED ? rows / 2 : rows, block = group * 4 + thread / 32;  // of 16 rows
+    int place = GATED ? block * 8 + lane / 4 : block * 16 + lane / 4;
+    int low_row = min(first_row + place, limit - 1), high_row = GATED ? rows / 2 + low_row : min(first_row + place + 8, limit - 1);
+    Row low(w_scale, bias, low_row), high(w_scale, bias, high_row);
+    constexpr int kOutRow = kColumns * 2 + 16;  // bytes of a token's results, padded: eight rows use different banks
+    u32 results = shared_of(shared.stages);
+    constexpr int kTogether = GATED ? 4 : 2;  // token tiles in one store
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n += kTogether) {
+        u32 packed[4];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const sum_t* d = sum + (n + j) * 4;
+            float2 scales = *(const float2*)(x_scales + (n + j) * 8 + lane % 4 * 2);
+            float a = low.finish(d[0], scales.x, w_scale, bias), b = low.finish(d[1], scales.y, w_scale, bias);
+            float c = high.finish(d[2], scales.x, w_scale, bias), e = high.finish(d[3], scales.y, w_scale, bias);
+            if constexpr (GATED) {
+                packed[j] = pack_two<OUT>(swiglu<false>(a, c), swiglu<false>(b, e));
+            } else {
+                packed[2 * j] = pack_two<OUT>(a, b);
+                packed[2 * j + 1] = pack_two<OUT>(c, e);
+            }
+        }
+        int token = (GATED ? n + lane / 8 : n + lane / 16) * 8 + lane % 8, column = GATED ? block * 8 : block * 16 + lane / 8 % 2 * 8;
+        store_transposed(results + token * kOutRow + column * 2, packed[0], packed[1], packed[2], packed[3]);
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+    if (scale_written && blockIdx.x + blockIdx.y + threadIdx.x == 0) *scale_written = out_scale;
+    for (int i = threadIdx.x; i < min(TOKENS, tokens - first_token) * (kColumns / 8); i += kConsumers) {
+        int token = i / (kColumns / 8), column = i % (kColumns / 8) * 8;
+        if (first_row + column >= limit) continue;
+        uint4 eight = *(const uint4*)((const u8*)shared.stages + token * kOutRow + column * 2);
+        *(uint4*)((u16*)out + (first_token + token) * out_stride + out_column + first_row + column) = eight;
+    }
+#else
     sum_t* results = (sum_t*)shared.stages;
     int row = group * 64 + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
@@ -172,5 +242,6 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
     }
 #if SPLIT > 1
     cluster_barrier();  // nobody leaves while others read its results
+#endif
 #endif
 }

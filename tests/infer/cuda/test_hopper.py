@@ -90,6 +90,34 @@ def test_swiglu_in_the_epilogue(device_bf16: Device, case: str, tokens: int, spe
     assert np.all(np.abs(values - want.values) <= steps + 1e-2 * np.abs(want.values).max(axis=1, keepdims=True))
 
 
+@pytest.mark.parametrize("cut", [hopper.Cut(256, 128, 4, 1, 1), hopper.Cut(128, 256, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", [(300, 400, 528), (257, 656, 1040)])
+def test_results_finished_in_registers(
+    device_bf16: Device, cut: hopper.Cut, gated: bool, size: tuple[int, int, int]
+) -> None:
+    """They equal those that go through shared memory, bit for bit."""
+    if not device_bf16.hopper:
+        pytest.skip("needs sm_90a")
+    tokens, n, k = size
+    for case in ("int8-int8", "fp8-fp8"):
+        weight = weight_of(case, n, k)
+        packed = gemm.pack(device_bf16, parts_of([weight])[0])
+        a = inputs_of(device_bf16, weight, tokens, k)
+        assert a.scale is not None
+        x, scale = device_bf16.upload(a.codes), device_bf16.upload(a.scale)  # type: ignore[arg-type]
+        got = []
+        for direct in (False, True):
+            out = device_bf16.empty((tokens, (n // 2 if gated else n) + 16), device_bf16.dtype)
+            device_bf16.fill(out, 0xFF)
+            hopper.linear(device_bf16, x, scale, packed, out, 8, gated=gated, cut=cut, direct=direct)
+            got.append(device_bf16.fetch(out).view(np.uint16))
+        np.testing.assert_array_equal(got[0], got[1])
+        assert np.all(got[1][:, :8] == 0xFFFF)
+        assert np.all(got[1][:, -8:] == 0xFFFF)
+        assert not np.all(got[1][:, 8:-8] == 0xFFFF, axis=0).any()
+
+
 def test_the_cut_follows_from_the_shape() -> None:
     for tokens in (1, 9, 33, 100, 129, 5000):
         for rows, slices in ((4096, 32), (28672, 32), (4096, 112), (128, 1)):
