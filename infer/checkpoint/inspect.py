@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from quantbench.infer.checkpoint.gguf import GgufStore
+from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.quantized import linear_shape
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.vocabulary import LayerPlan
@@ -19,7 +20,9 @@ class Row:
 
     name: str
     stored: str  # "bfloat16", "Q4_K", or "int4 group 64, asymmetric"
-    inputs: str  # of a linear: "float", "int8 static 0.031", "int8 per token"; of anything else ""
+    inputs: (
+        str  # of a linear: "float", "int8 static 0.031", "int8 per token"; of a prefix its tokens, of anything else ""
+    )
     shape: tuple[int, ...]
     bytes: int
     scale_min: float | None = None
@@ -37,7 +40,14 @@ def describe(path: str | Path) -> list[Row]:
         (parts[module] if module in plans and not name.endswith(".bias") else rest).append(name)
     rows = [_linear_row(source, plan, parts[plan.name]) for plan in plans.values()]
     rows += [_tensor_row(source, name) for name in rest]
+    rows += [_prefix_row(source.prefix)] if source.prefix else []
     return sorted(rows, key=lambda row: _natural(row.name))
+
+
+def _prefix_row(prefix: Prefix) -> Row:
+    """Keys and values of the tokens in front of every sequence."""
+    tokens = f"token ids {', '.join(map(str, prefix.ids))}"
+    return Row("prefix", "float32", tokens, prefix.k.shape, prefix.k.nbytes + prefix.v.nbytes)
 
 
 def _linear_row(source: ModelSource, plan: LayerPlan, parts: list[str]) -> Row:

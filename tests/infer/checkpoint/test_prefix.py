@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quantbench.errors import CheckpointError
+from quantbench.infer.checkpoint.inspect import describe
 from quantbench.infer.checkpoint.lint import lint_checkpoint
 from quantbench.infer.checkpoint.prefix import FILE, KEY, Prefix, read_prefix, write_prefix
 from quantbench.infer.checkpoint.source import file_sha256, open_model
@@ -147,6 +148,11 @@ def test_damage_is_one_error_that_lint_tells_too(how: str, says: list[str], chec
     for problem, said in zip(caught.value.problems, says, strict=True):
         assert said in problem
     assert [f.severity for f in lint_checkpoint(checkpoint)] == ["error"] * len(says)
+
+
+def test_inspect_names_its_tokens(checkpoint: Path) -> None:
+    (row,) = [row for row in describe(checkpoint) if row.name == "prefix"]
+    assert (row.inputs, row.shape, row.bytes) == ("token ids 5, 0, 7", SHAPE, 2 * 4 * 2 * 2 * 3 * 16)
 
 
 def test_an_entry_is_read_on_its_own(tmp_path: Path, make_model) -> None:
