@@ -55,6 +55,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1,
     },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "llama_odd": LLAMA | {  # no size is a multiple of any vector
+        "hidden_size": 42, "intermediate_size": 37, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10,
+    },
+    "llama_wide_heads": LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 80},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 19},
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from quantbench.infer.engine.forward import Rows, batch_of
 
 F64 = npt.NDArray[np.float64]
 NAMES = (
-    "llama", "llama_untied_biased", "llama_linear", "llama_dynamic", "llama3",
+    "llama", "llama_untied_biased", "llama_linear", "llama_dynamic", "llama3", "llama_odd", "llama_wide_heads",
     "qwen2", "qwen2_windowed", "qwen3", "mistral",
 )  # fmt: skip
 

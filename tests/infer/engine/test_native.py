@@ -19,7 +19,9 @@ from quantbench.infer.ops import Ops, load_ops
 from quantbench.infer.ops.cpu import CpuOps, available_isas
 
 MODES = ("fp32", "bf16", "fp16", "weight_only_int8", "weight_only_int4", "a8w8", "a8w8_fp8")
-FAMILIES = ("llama", "llama_untied_biased", "qwen2", "qwen2_windowed", "qwen3", "mistral")
+FAMILIES = (
+    "llama", "llama_untied_biased", "llama_odd", "llama_wide_heads", "qwen2", "qwen2_windowed", "qwen3", "mistral",
+)  # fmt: skip
 RANDOM = np.random.default_rng(3)
 PROMPTS = [RANDOM.integers(1, 97, n).tolist() for n in (1, 30, 70, 5)]
 MIXED: dict[str, tuple[str, str | None]] = {  # q, k, v: activation specs of their own; gate, up: one spec, two formats
@@ -75,7 +77,7 @@ def test_every_mode_on_every_instruction_set(mode: str, isa: str, model_path: Ca
     check_equal(lambda: Engine.load(path, mode, ops=load_ops("cpu", isa=isa), chunk=50, cache_tokens=1024))
 
 
-@pytest.mark.parametrize("mode", ["fp32", "a8w8"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "weight_only_int4", "a8w8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, mode: str, model_path: Callable[[str], Path]) -> None:
     path = str(model_path(family))
