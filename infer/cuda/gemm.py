@@ -29,6 +29,7 @@ INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 HELD_BYTES = 72 << 10  # of inputs that a streaming block keeps in shared memory
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
+GATED_TOKENS = {BF16: 256, E4M3: 384}  # above it the library's product and SwiGLU on its own beat the fused kernel
 WIDE_TOKENS = 64  # above it a quantized weight with float inputs is widened to bf16 first
 
 
@@ -128,12 +129,12 @@ def fuses_swiglu(device: Device, w: DeviceWeight, tokens: int, spec: ActSpec) ->
     """Whether `linear_swiglu` takes this weight: bfloat16 between operations, and not so many tokens that a library's
     product and a kernel of its own are faster."""
     x = kind_of(device.dtype) if w.activations is None else CODES[w.activations]
-    if device.dtype == np.float32 or spec.keep_float or w.rows % 16 or (x == BF16 and tokens > STREAM_TOKENS):
+    if device.dtype == np.float32 or spec.keep_float or w.rows % 16:
         return False
     one = _linear(x, tokens, w)
-    if _only_plain(one, w.kind == INT8_DOT) or (x == E4M3 and tokens > WIDE_TOKENS):
+    if _only_plain(one, w.kind == INT8_DOT):
         return False
-    return tokens <= STREAM_TOKENS or (device.hopper and one.w == x)
+    return tokens <= STREAM_TOKENS or (device.hopper and one.w == x and tokens <= GATED_TOKENS.get(x, tokens))
 
 
 def kernel_for(device: Device, one: Linear, w: DeviceWeight, out: DeviceArray, column: int) -> str:
