@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from quantbench.errors import RequestError
 from quantbench.infer.engine.cache import token_bytes
 from quantbench.infer.engine.limits import CACHE_BYTES, limits_of
 from quantbench.infer.models import ModelConfig, Rope
@@ -26,6 +29,19 @@ def test_but_no_more_than_a_gibibyte() -> None:
 
 def test_an_asked_size_is_rounded_up_to_pages() -> None:
     assert limits_of(SMALL, "float32", 65, 1, 512).cache_tokens == 128
+
+
+def test_a_device_gives_what_it_has_left_and_no_more_than_can_be_used() -> None:
+    token = token_bytes(SMALL, "int8")
+    assert limits_of(SMALL, "int8", None, 4, 512, room=1 << 40).cache_tokens == 4 * 2048
+    tight = limits_of(SMALL, "int8", None, 4, 512, room=130 * token)
+    assert (tight.cache_tokens, tight.max_length) == (128, 128)
+    assert limits_of(SMALL, "int8", 256, 4, 512, room=1).cache_tokens == 256  # asked for: the device will say
+
+
+def test_no_room_for_a_page_says_what_is_left_and_what_to_do() -> None:
+    with pytest.raises(RequestError, match=r"the KV cache: 0 MB are left .* a page of 64 tokens takes .*smaller chunk"):
+        limits_of(SMALL, "int8", None, 4, 512, room=-5)
 
 
 def test_dynamic_rope_bounds_generation_and_scoring_apart() -> None:

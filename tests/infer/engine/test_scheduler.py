@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantbench.errors import RequestError
 from quantbench.infer.engine.cache import PagePool, pages_for
 from quantbench.infer.engine.sampling import Sampler, SamplingParams
 from quantbench.infer.engine.scheduler import Chunk, Running, Scheduler
@@ -109,3 +111,13 @@ def test_every_request_finishes_and_every_page_returns(
         assert steps < 20_000
     assert [len(s.tokens) for s in everyone] == [s.limit for s in everyone]
     assert pool.available == pages
+
+
+def test_a_sequence_can_be_placed_with_its_prompt_taken_as_computed() -> None:
+    scheduler = Scheduler(PagePool(4), max_batch=2, chunk=100, prefix_reuse=False)
+    placed = sequence(1, [0] * 100, 3)
+    scheduler.place(placed, 99)
+    assert len(placed.pages) == 2
+    assert sizes(step(scheduler)) == {1: 1}
+    with pytest.raises(RequestError, match="200 tokens find no free cache pages"):
+        scheduler.place(sequence(2, [0] * 201, 3), 200)
