@@ -8,8 +8,8 @@
 
 // Row ids[t] of table [rows, width] as f32.
 KERNEL void embed(const void* table, const int* ids, float* out, int width) {
-    let_successor_start();
     wait_for_predecessor();
+    let_successor_start();  // not before: every later kernel of the step may then count on everything before this one
     s64 from = s64(ids[blockIdx.x]) * width, to = s64(blockIdx.x) * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[to + i] = load_one<TABLE>(table, from + i);
 }

@@ -7,7 +7,7 @@
 //
 // FUSED: q is qkv as the linear layer left it. The block turns its own queries, and the warp that meets the new token
 // puts its K and V into the cache and into its stage. Older pages are then asked for before the predecessor has
-// finished: nothing that may still be running writes them or the indices (add_norm lets nobody start early).
+// finished: nothing that may still be running writes them or the indices (embed lets nobody start early).
 //
 // Macros: SIZE (head_dim, a multiple of 16), GROUP (q heads per KV head), IO (kind of q and out), CACHE (BF16 | F16 |
 // INT8 | E4M3), PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), STAGES, FUSED, NORMS (1: RMS norm of q and k; FUSED).
