@@ -53,11 +53,12 @@ def test_candidates_equal_a_slow_version(seed: int, temperature: float, top_k: i
     order = sorted(range(len(logits)), key=lambda i: -scaled[i])[: top_k or None]
     mass = [math.exp(scaled[i] - scaled[order[0]]) for i in order]
     reached = np.cumsum(mass) / sum(mass)
-    fewest, most = (int(np.searchsorted(reached, top_p * slack)) + 1 for slack in (1 - 1e-9, 1 + 1e-9))  # rounding
+    fewest, most = (int(np.searchsorted(reached, top_p * slack)) + 1 for slack in (1 - 1e-6, 1 + 1e-6))  # float32
     assert set(order[:fewest]) <= set(ids.tolist()) <= set(order if top_p == 1 else order[:most])
     assert probabilities.sum() == pytest.approx(1)
-    ratio = probabilities[0] / probabilities[-1]
-    assert ratio == pytest.approx(math.exp(scaled[ids[0]] - scaled[ids[-1]]), rel=1e-5)
+    if probabilities[-1] > 1e-30:  # below, float32 weights are subnormal and coarse
+        expected = math.exp(scaled[ids[0]] - scaled[ids[-1]])
+        assert probabilities[0] / probabilities[-1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_wide_nucleus_goes_beyond_the_short_head() -> None:
@@ -68,7 +69,7 @@ def test_a_wide_nucleus_goes_beyond_the_short_head() -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.2, 0.3], np.float32))
     sampler = Sampler(SamplingParams(temperature=1.0, seed=3), frozenset())
-    counts = np.bincount([sampler.choose(logits, [0], 0) for _ in range(4000)], minlength=3)
+    counts = np.bincount([sampler.choose(logits, [0], i) for i in range(4000)], minlength=3)
     assert np.abs(counts / 4000 - [0.5, 0.2, 0.3]).max() < 0.03  # four standard deviations
 
 
@@ -83,11 +84,18 @@ def test_the_seed_decides_and_nothing_else() -> None:
 
     def run(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=2.0, seed=seed), frozenset())
-        return [sampler.choose(logits, [], 0) for _ in range(30)]
+        return [sampler.choose(logits, [], i) for i in range(30)]
 
     assert run(7) == run(7)
     assert run(7) != run(8)
     assert run(None) != run(None)
+
+
+def test_a_token_that_is_asked_for_again_is_drawn_again_alike() -> None:
+    logits = random_logits(0)
+    sampler = Sampler(SamplingParams(temperature=2.0, seed=5), frozenset())
+    first = [sampler.choose(logits, [], i) for i in range(20)]
+    assert [sampler.choose(logits, [], i) for i in reversed(range(20))] == first[::-1]
 
 
 def test_greedy_takes_the_first_of_equal_logits() -> None:
