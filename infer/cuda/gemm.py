@@ -4,6 +4,7 @@
     tile     many tokens, inputs and weights of one kind (int8, e4m3, bf16)
     wgmma    the same on Hopper, few and many tokens (hopper.py)
     blas     cuBLASLt, where it is installed: bf16 and e4m3, many tokens
+    widen    quantized weights and many float inputs: the weight as bf16 first, then blas or tile
     plain    everything else: any kinds, any shape, slow
 
 `choose` decides from kinds and shapes alone; tests force each kernel.
