@@ -1,4 +1,4 @@
-"""GGUF files, read through the `gguf` library: tensors dequantized one at a time, names and configuration as HF's.
+"""GGUF files: tensors dequantized one at a time, names and configuration as HF's.
 
 Two things differ from HF beyond names. llama.cpp keeps the rows of q and k of some families pairwise interleaved for
 its rotary kernel; they are put back into HF's half-split order. And a tied model may store its one embedding twice at
@@ -7,17 +7,15 @@ two qualities (`token_embd`, `output`); it is read as tied, from the better copy
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from quantbench.errors import ModelError, unknown
 from quantbench.infer.checkpoint.check import shown, tensor_problems
 from quantbench.infer.checkpoint.gguf_config import hf_config_of
+from quantbench.infer.checkpoint.gguf_file import GgufTensor, read_header
 from quantbench.infer.checkpoint.gguf_tokenizer import tokenizer_files
 from quantbench.infer.checkpoint.shard import Array
 from quantbench.infer.checkpoint.source import EMBEDDING, ModelSource
@@ -45,41 +43,6 @@ _OUTER_NAMES = {"model.norm.weight": "output_norm.weight", "lm_head.weight": "ou
 _DERIVED = frozenset({"rope_freqs.weight"})
 _SAME_MATRIX = 0.999  # cosine above which token_embd and output are two qualities of one matrix
 _SAMPLED_ROWS = 1024
-
-
-class _Reader(GGUFReader):
-    """The library's reader on a plain array: it slices once per string, and slicing np.memmap is slow (3x in all)."""
-
-    @property
-    def data(self) -> Any:
-        return self._plain
-
-    @data.setter
-    def data(self, mapped: Any) -> None:
-        self._plain = np.asarray(mapped)
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of a GGUF file; `shape` in numpy order (GGUF lists the fastest dimension first)."""
-
-    file: Path
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self._byte_shape, dtype=np.int64))
-
-    @property
-    def _byte_shape(self) -> tuple[int, ...]:
-        return tuple(quant_shape_to_byte_shape(self.shape, self.kind))
-
-    def read(self, rows: slice = slice(None)) -> Array:
-        """float32, dequantized; `rows` restricts the first dimension."""
-        raw = np.memmap(self.file, np.uint8, "r", self.offset, self._byte_shape)[rows]
-        return np.asarray(dequantize(np.asarray(raw), self.kind), np.float32)
 
 
 class GgufStore:
@@ -140,17 +103,13 @@ def open_gguf(path: Path, name: str | None = None) -> ModelSource:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
-        reader = _Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as reason:
+        fields, tensors = read_header(path)
+    except (ValueError, OverflowError) as reason:  # UnicodeDecodeError is a ValueError
         raise ModelError(f"{path}: not a GGUF file, or truncated ({reason}). Copy it again") from None
-    unsupported = sorted({t.tensor_type.name for t in reader.tensors} - set(TYPES))
+    unsupported = sorted({tensor.kind.name for tensor in tensors.values()} - set(TYPES))
     if unsupported:
         raise ModelError(f"{path}: tensor types {', '.join(unsupported)} are not supported. Known: {', '.join(TYPES)}")
-    tensors = {
-        t.name: GgufTensor(path, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset))
-        for t in reader.tensors
-    }
-    return {key: field.contents() for key, field in reader.fields.items()}, tensors
+    return fields, tensors
 
 
 def _family(fields: dict[str, Any], path: Path) -> Family:

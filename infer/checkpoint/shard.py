@@ -8,6 +8,8 @@ ends with the array (so that the resident memory of a pass over the model is one
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_COPIED = 1 << 14  # bytes up to which reading is cheaper than mapping
 _MAX_HEADER = 100_000_000  # the limit the safetensors library sets itself
 
 
@@ -48,14 +51,27 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def read(self) -> Array:
-        """The array, read-only, mapped from the file: bytes are paged in when touched and released with the array."""
+        """The array, read-only. A large one is mapped from the file: paged in when touched, released with the array."""
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype)
-        mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-        return np.require(np.asarray(mapped), requirements="A")
+        if self.nbytes <= _COPIED:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                return np.frombuffer(file.read(self.nbytes), self.dtype).reshape(self.shape)
+        return np.require(map_bytes(self.file, self.offset, self.nbytes).view(self.dtype), requirements="A").reshape(
+            self.shape
+        )
+
+
+def map_bytes(file: Path, offset: int, count: int) -> npt.NDArray[np.uint8]:
+    """`count` bytes of a file from `offset` on, mapped, read-only. As np.memmap, which takes ten times as long."""
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with file.open("rb", buffering=0) as opened:
+        mapped = mmap.mmap(opened.fileno(), offset - start + count, access=mmap.ACCESS_READ, offset=start)
+    return np.frombuffer(mapped, np.uint8, count, offset - start)
 
 
 class TensorStore(Protocol):

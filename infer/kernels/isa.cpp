@@ -1,6 +1,6 @@
-// Compiled once per instruction set, with QB_ISA = generic | avx2 | avx512vnni and the compiler flags that belong to it.
+// Compiled once per instruction set, with QB_ISA (see dispatch.cpp) and the compiler flags that belong to it.
 #include "attention.h"
-#include "linear_int8.h"
+#include "linear.h"
 #include "observe.h"
 #include "rows.h"
 
@@ -13,7 +13,7 @@ namespace quantbench {
 
 const Table* QB_TABLE(QB_ISA)() {
     static const Table table = {
-        QB_STRING(QB_ISA), sizeof(QB_ISA::Code), QB_ISA::kDotRows, QB_ISA::linear, QB_ISA::prepare_codes, QB_ISA::decode_codes,
+        QB_STRING(QB_ISA), QB_ISA::kDotRows, QB_ISA::prepared_bytes, QB_ISA::prepare, QB_ISA::linear,
         QB_ISA::quantize, QB_ISA::add_norm, QB_ISA::silu_mul, QB_ISA::rope_write, QB_ISA::attention, QB_ISA::decode,
         QB_ISA::embed, QB_ISA::observe, QB_ISA::absmax, QB_ISA::peak_float, QB_ISA::peak_int8, QB_ISA::read_all,
     };

@@ -1,8 +1,9 @@
 // int8 activations times int8 weights, accumulated exactly in int32.
 //
 // AVX-512 VNNI multiplies unsigned by signed bytes, four at a time: activations are prepared as code + 128 and
-// 128 * (sum of the channel's weights) is taken off at the end, which is exact. AVX2 has no such instruction whose
-// sums cannot saturate, so bytes are widened to 16 bits (vpmaddwd). The generic path is plain integer arithmetic.
+// 128 * (sum of the channel's weights) is taken off at the end, which is exact. AVX-VNNI is the same at half the width.
+// AVX2 has no such instruction whose sums cannot saturate, so bytes are widened to 16 bits (vpmaddwd). The generic path
+// is plain integer arithmetic.
 #pragma once
 
 #include "linear_float.h"
@@ -12,23 +13,25 @@ namespace quantbench::QB_ISA {
 #if defined(QB_AVX512)
 using Code = uint8_t;
 constexpr int32_t kShift = 128;
-#elif defined(QB_AVX2)
-using Code = int16_t;
-constexpr int32_t kShift = 0;
+constexpr int kDotRows = 12;
+#elif defined(QB_AVXVNNI)
+using Code = uint8_t;
+constexpr int32_t kShift = 128;
+constexpr int kDotRows = 6;
 #else
 using Code = int16_t;
 constexpr int32_t kShift = 0;
+constexpr int kDotRows = 4;
 #endif
-constexpr int kDotRows = W == 16 ? 12 : 4;
 constexpr int64_t kDotTokens = 252;
 
 // Codes for the tiles: strips of M <= kDotRows tokens as [k / 4][M][4], so that a tile reads one stream. A strip starts
-// where its first token would start in plain row order; `t` counts from a multiple of kDotRows.
-static void prepare_codes(const int8_t* codes, int64_t t, int64_t columns, void* out) {
+// where its first token would start in plain row order; `first` is a multiple of kDotRows.
+static void prepare_codes(const int8_t* codes, int64_t first, int64_t last, int64_t columns, void* out) {
     int64_t quads = (columns + 3) / 4, whole = columns / 4;
     Code* to = (Code*)out;
-    for (int64_t t0 = 0; t0 < t; t0 += kDotRows) {
-        int64_t rows = smaller(kDotRows, t - t0);
+    for (int64_t t0 = first; t0 < last; t0 += kDotRows) {
+        int64_t rows = smaller(kDotRows, last - t0);
         for (int64_t m = 0; m < rows; ++m) {
             const int8_t* from = codes + (t0 + m) * columns;
             Code* at = to + (t0 * quads + m) * 4;
@@ -38,6 +41,8 @@ static void prepare_codes(const int8_t* codes, int64_t t, int64_t columns, void*
         }
     }
 }
+
+static int64_t code_bytes(int64_t t, int64_t columns) { return t * ((columns + 3) / 4 * 4) * int64_t(sizeof(Code)); }
 
 QB_INLINE void finish_dot(const Linear& l, int64_t token, int64_t column, vi acc) {
     if (kShift) {
@@ -66,7 +71,7 @@ template <int M, int P>
 static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
     const Weight& w = l.w;
     int64_t quads = (w.columns + 3) / 4;
-    const uint8_t* a = (const uint8_t*)l.a_codes + token * quads * 4;
+    const uint8_t* a = (const uint8_t*)l.a + token * quads * 4;
     const uint8_t* b = w.codes + panel * w.panel_bytes;
     __m512i acc[M][P][2];
     QB_UNROLL
@@ -100,6 +105,42 @@ static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
     finish_tile(l, token, M, panel * kPanel, P * kPanel, sums[0]);
 }
 
+#elif defined(QB_AVXVNNI)
+
+// Sixteen channels at a time: twelve sums, two weights and an input fill the registers.
+template <int M>
+static void dot_sixteen(const Linear& l, int64_t token, int64_t panel, int64_t column) {
+    const Weight& w = l.w;
+    int64_t quads = (w.columns + 3) / 4;
+    const uint8_t* a = (const uint8_t*)l.a + token * quads * 4;
+    const uint8_t* b = w.codes + panel * w.panel_bytes + column * 4;
+    __m256i acc[M][2];
+    QB_UNROLL
+    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
+    for (int64_t q = 0; q < quads; ++q) {
+        __m256i x0 = _mm256_loadu_si256((const __m256i*)(b + q * 128));
+        __m256i x1 = _mm256_loadu_si256((const __m256i*)(b + q * 128 + 32));
+        QB_UNROLL
+        for (int m = 0; m < M; ++m) {
+            float four;  // see dot_tile above
+            std::memcpy(&four, a + (q * M + m) * 4, 4);
+            __m256i y = _mm256_castps_si256(_mm256_set1_ps(four));
+            acc[m][0] = _mm256_dpbusd_avx_epi32(acc[m][0], y, x0);
+            acc[m][1] = _mm256_dpbusd_avx_epi32(acc[m][1], y, x1);
+        }
+    }
+    QB_UNROLL
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < 2; ++h) finish_dot(l, token + m, panel * kPanel + column + h * W, (vi)acc[m][h]);
+}
+
+template <int M, int P>
+static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
+    QB_UNROLL
+    for (int p = 0; p < P; ++p)
+        for (int64_t c = 0; c < kPanel; c += 16) dot_sixteen<M>(l, token, panel + p, c);
+}
+
 #elif defined(QB_AVX2)
 
 // Eight channels at a time: each 16-byte half of a row of the panel holds four channels of four codes.
@@ -107,7 +148,7 @@ template <int M>
 static void dot_eight(const Linear& l, int64_t token, int64_t panel, int64_t column) {
     const Weight& w = l.w;
     int64_t quads = (w.columns + 3) / 4;
-    const int16_t* a = (const int16_t*)l.a_codes + token * quads * 4;
+    const int16_t* a = (const int16_t*)l.a + token * quads * 4;
     const uint8_t* b = w.codes + panel * w.panel_bytes + column * 4;
     __m256i acc[M][2];
     QB_UNROLL
@@ -149,7 +190,7 @@ static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
     for (int p = 0; p < P; ++p)
         QB_UNROLL
         for (int m = 0; m < M; ++m) {
-            const int16_t* a = (const int16_t*)l.a_codes + token * quads * 4 + m * 4;
+            const int16_t* a = (const int16_t*)l.a + token * quads * 4 + m * 4;
             const int8_t* b = (const int8_t*)w.codes + (panel + p) * w.panel_bytes;
             int32_t acc[kPanel] = {};
             for (int64_t q = 0; q < quads; ++q, b += 128, a += M * 4)
@@ -191,18 +232,6 @@ static void linear_dot(const Linear& l, int64_t first, int64_t last) {
         int64_t t1 = smaller(t0 + kDotTokens, l.t);
         for (int64_t panel = first; panel < last; ++panel)
             for (int64_t t = t0; t < t1; t += kDotRows) dot_rows(l, t, smaller(kDotRows, t1 - t), panel, panel + 1);
-    }
-}
-
-static void linear(const Linear& l, int64_t first, int64_t last) {
-    switch (l.w.kind) {
-        case Kind::f32: return linear_of<DecodeF32>(l, first, last);
-        case Kind::bf16: return linear_of<DecodeBF16>(l, first, last);
-        case Kind::f16: return linear_of<DecodeF16>(l, first, last);
-        case Kind::int8: return linear_of<DecodeInt8>(l, first, last);
-        case Kind::int4: return linear_of<DecodeInt4>(l, first, last);
-        case Kind::e4m3: return linear_of<DecodeE4M3>(l, first, last);
-        case Kind::int8_dot: return linear_dot(l, first, last);
     }
 }
 

@@ -63,6 +63,13 @@ NB_MODULE(_kernels, m) {
     using namespace nb::literals;
     m.doc() = "CPU kernels of quantbench. Arrays are taken as they are: C-contiguous, of the exact dtype.";
     m.def("available", &available, "Instruction sets of this processor that kernels exist for, best last.");
+    m.def("features", &features, "Features of this processor that kernels may need and its system lets us use.");
+    m.def("explain", [](std::optional<std::vector<std::string>> of, const std::string& wanted) {
+        nb::list choices;
+        for (const Choice& c : explain(of ? *of : features(), wanted)) choices.append(nb::make_tuple(c.isa, c.missing, c.chosen));
+        return choices;
+    }, "features"_a.none() = nb::none(), "wanted"_a = "",
+          "Of every instruction set, worst first: its name, the features it misses, and whether it is the one that runs.");
     m.def("isa", &isa_in_use, "The instruction set in use: QUANTBENCH_ISA, else the best.");
     m.def("ceilings", &ceilings, "threads"_a = 0, "read_gb_per_s, float32_gop_per_s and int8_gop_per_s, measured.");
     m.def("set_threads", [](int n) {

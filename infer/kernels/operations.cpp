@@ -48,21 +48,17 @@ void room_for_values(Quantize& q, int64_t t, int64_t width) {
 }  // namespace
 
 void run_linear(const Table& table, const Weight& w, const Input& input, int64_t t, float* y, int64_t ldy) {
-    int64_t k = w.columns;
-    Linear l{w, input.values, nullptr, input.codes ? input.scale : nullptr, input.scale_step, t, y, ldy};
     if (t == 0) return;
-    if (w.kind == Kind::int8_dot) {
-        int64_t row_bytes = (k + 3) / 4 * 4 * table.code_bytes;
-        auto* prepared = scratch<uint8_t>(1, t * row_bytes);
-        const auto* source = static_cast<const int8_t*>(input.codes);
-        ranges(t, table.strip, t * k / 8, [&](int64_t first, int64_t last) {
-            table.prepare_codes(source + first * k, last - first, k, prepared + first * row_bytes);
-        });
-        l.a_codes = prepared;
-    } else if (input.codes) {
-        float* decoded = scratch<float>(1, t * k);
-        table.decode_codes(static_cast<const uint8_t*>(input.codes), input.format, t * k, decoded);
-        l.a = decoded;
+    int64_t k = w.columns;
+    const void* source = input.codes ? input.codes : input.values;
+    Linear l{w, input.format, source, nullptr, input.codes ? input.scale : nullptr, input.scale_step, t, y, ldy};
+    Prepare p = preparation(w, input.format, source, t);
+    int64_t bytes = table.prepared_bytes(p), sums = p.shifted ? t * p.groups * 4 : 0;
+    if (bytes || sums) {
+        auto* room = scratch<uint8_t>(1, bytes + sums);
+        if (bytes) l.a = p.out = room;
+        if (sums) l.a_sums = p.sums = reinterpret_cast<float*>(room + bytes);
+        ranges(t, table.strip, t * k / 8, [&](int64_t first, int64_t last) { table.prepare(p, first, last); });
     }
     ranges(w.panels, t <= 2 ? 4 : 1, t * w.rows * k, [&](int64_t first, int64_t last) { table.linear(l, first, last); });
 }

@@ -68,16 +68,6 @@ static int64_t quantize(const float* x, int64_t width, const Quantize& q, int64_
     return bad;
 }
 
-static void decode_codes(const uint8_t* codes, Quant format, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i += W) {
-        uint8_t part[W] = {};
-        int64_t n = smaller(W, count - i);
-        std::memcpy(part, codes + i, size_t(n));
-        vf v = format == Quant::int8 ? to_float(load_i8(part)) : load_e4m3_over_256(part) * 256.0f;
-        store_upto(out + i, v, n);
-    }
-}
-
 // 1 / sqrt(mean of squares + eps), summed in eight double lanes whatever the instruction set: one result everywhere.
 QB_INLINE float inverse_rms(const float* x, int64_t n, double eps) {
     double sums[8] = {};
@@ -203,7 +193,10 @@ static void embed(const Embed& e, int64_t first, int64_t last) {
         for (int64_t k = 0; k < w.columns; k += W) {
             uint16_t part[W] = {};
             int64_t valid = smaller(W, w.columns - k);
-            for (int64_t i = 0; i < valid; ++i) part[i] = ((const uint16_t*)panel)[(k + i) * kPanel + n % kPanel];
+            for (int64_t i = 0; i < valid; ++i) {
+                int64_t at = w.kind == Kind::bf16 ? (k + i) / 2 * 2 * kPanel + n % kPanel * 2 + (k + i) % 2 : (k + i) * kPanel + n % kPanel;
+                part[i] = ((const uint16_t*)panel)[at];
+            }
             store_upto(out + k, w.kind == Kind::bf16 ? load_bf16(part) : load_f16(part), valid);
         }
     }

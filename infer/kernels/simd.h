@@ -73,6 +73,12 @@ QB_INLINE vf load_e4m3_over_256(const void* p) {
     __m256i h = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbf80));
     return _mm512_cvtph_ps(h);
 }
+// The even or the odd bytes of W pairs
+QB_INLINE vf load_e4m3_pairs_over_256(const void* p, int odd) {
+    __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    __m256i h = _mm256_and_si256(_mm256_srai_epi16(odd ? x : _mm256_slli_epi16(x, 8), 1), _mm256_set1_epi16((short)0xbf80));
+    return _mm512_cvtph_ps(h);
+}
 QB_INLINE void store_i8(void* p, vi v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
 QB_INLINE void store_u16(void* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 QB_INLINE void store_f16(void* p, vf v) {
@@ -89,6 +95,11 @@ QB_INLINE vf load_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128((c
 QB_INLINE vf load_e4m3_over_256(const void* p) {
     __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
     __m128i h = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16((short)0xbf80));
+    return _mm256_cvtph_ps(h);
+}
+QB_INLINE vf load_e4m3_pairs_over_256(const void* p, int odd) {
+    __m128i x = _mm_loadu_si128((const __m128i*)p);
+    __m128i h = _mm_and_si128(_mm_srai_epi16(odd ? x : _mm_slli_epi16(x, 8), 1), _mm_set1_epi16((short)0xbf80));
     return _mm256_cvtph_ps(h);
 }
 QB_INLINE __m128i narrow16(vi v) {
@@ -125,6 +136,10 @@ QB_INLINE vf load_f16(const void* p) {
 }
 QB_INLINE vf load_e4m3_over_256(const void* p) {
     vi x = load_u8(p);
+    return bits_to_float(((x & 0x7f) << 20) | ((x & 0x80) << 24)) * 0x1p112f;
+}
+QB_INLINE vf load_e4m3_pairs_over_256(const void* p, int odd) {
+    vi x = load_u16(p) >> (odd ? 8 : 0);
     return bits_to_float(((x & 0x7f) << 20) | ((x & 0x80) << 24)) * 0x1p112f;
 }
 QB_INLINE void store_i8(void* p, vi v) {

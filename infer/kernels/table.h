@@ -11,29 +11,32 @@ constexpr int64_t kPanel = 32;      // output channels that lie side by side in 
 constexpr int64_t kPage = 64;       // tokens per page of the KV cache
 constexpr int64_t kBins = 2048;     // histogram bins of observe
 
+enum class Quant : int { none, int8, e4m3 };
 enum class Kind : int { f32, bf16, f16, int8, int4, e4m3, int8_dot };
 
 // A packed linear. Layout of a panel of 32 output channels n:
-//   f32 bf16 f16 int8 e4m3   [k][32]
-//   int4                     [k][16] bytes, channel j in the low half, j + 16 in the high half, code + 8
+//   f32 f16 int8             [k][32]
+//   bf16 e4m3                [k / 2][32][2], k padded with a zero to a multiple of 2
+//   int4                     [k / 8][32] words of 32 bits, code + 8 of input k in bits 16 (k % 2) + 4 (k % 8 / 2) up, k
+//                            padded with code 0 to a multiple of 8
 //   int8_dot                 [k / 4][32][4], k padded with zeros to a multiple of 4
 struct Weight {
     Kind kind;
     int64_t rows, columns, panels, panel_bytes;
     int64_t group_size;        // inputs per scale; columns where there is one scale per channel
-    int64_t groups;
-    bool scale_at_load;        // groups > 1 or zero points: weights are scaled as they are decoded, else at the end
+    int64_t groups;            // more than one: the sum of each is scaled, else the whole at the end
     const uint8_t* codes;
     const float* scale;        // [panels][groups][32] or null
-    const float* offset;       // -zero * scale, same layout, or null
+    const float* offset;       // -zero, same layout, or null
     const float* bias;         // [panels * 32] or null
     const int32_t* row_sum;    // [panels * 32], int8_dot only: sum of a channel's codes
 };
 
 struct Linear {
     Weight w;
-    const float* a;            // [t][columns], float path
-    const void* a_codes;       // prepared codes (linear_int8.h), int8_dot path
+    Quant format;              // of the input: none (floats), or codes
+    const void* a;             // the input as `prepare` made it, or the floats [t][columns] where it makes nothing
+    const float* a_sums;       // [t][groups], of inputs, where the weight has zero points; also by `prepare`
     const float* a_scale;      // null, or one value (step 0) or one per token (step 1)
     int64_t a_scale_step;
     int64_t t;
@@ -41,7 +44,20 @@ struct Linear {
     int64_t ldy;
 };
 
-enum class Quant : int { none, int8, e4m3 };
+// The input of a linear [t][columns] into the form that the instruction set multiplies: floats, bf16, or int8 codes.
+struct Prepare {
+    Kind kind;                 // of the weight
+    bool shifted;              // the weight has zero points: sums of the inputs are asked for
+    int64_t columns, group_size, groups;
+    Quant format;              // of the source
+    const void* source;        // floats or codes
+    int64_t t;
+    void* out;
+    float* sums;               // [t][groups], asked for where shifted
+};
+inline Prepare preparation(const Weight& w, Quant format, const void* source, int64_t t) {
+    return {w.kind, w.offset != nullptr, w.columns, w.group_size, w.groups, format, source, t, nullptr, nullptr};
+}
 
 struct Quantize {
     Quant format;
@@ -118,11 +134,10 @@ struct Embed {
 // Functions over a range return the first row with a NaN or infinity, or -1, where they quantize.
 struct Table {
     const char* name;
-    int64_t code_bytes;        // of one prepared activation code
-    int64_t strip;             // tokens that prepared codes are interleaved by
+    int64_t strip;             // prepare takes ranges of a multiple of so many tokens
+    int64_t (*prepared_bytes)(const Prepare&);   // of `out`; 0: floats are read where they lie, and only sums are made
+    void (*prepare)(const Prepare&, int64_t first, int64_t last);
     void (*linear)(const Linear&, int64_t first_panel, int64_t last_panel);
-    void (*prepare_codes)(const int8_t* codes, int64_t t, int64_t columns, void* out);
-    void (*decode_codes)(const uint8_t* codes, Quant format, int64_t count, float* out);
     int64_t (*quantize)(const float* x, int64_t width, const Quantize&, int64_t first, int64_t last);
     int64_t (*add_norm)(const AddNorm&, int64_t first, int64_t last);
     int64_t (*silu_mul)(const SiluMul&, int64_t first, int64_t last);
@@ -139,6 +154,9 @@ struct Table {
 
 const Table* generic_table();
 const Table* avx2_table();
+const Table* avxvnni_table();
 const Table* avx512vnni_table();
+const Table* avx512bf16_table();
+const Table* amx_table();
 
 }  // namespace quantbench

@@ -64,6 +64,16 @@ def available_isas() -> list[str]:
     return list(load_kernels().available())
 
 
+def explain_isa(isa: str | None = None) -> str:
+    """One line per instruction set, worst first: whether it is in use, could be, or what the processor lacks for it."""
+    wanted = isa or os.environ.get("QUANTBENCH_ISA", "")
+    lines = []
+    for name, missing, chosen in load_kernels().explain(None, wanted):
+        said = f"this processor lacks {', '.join(missing)}" if missing else "in use" if chosen else "could be used"
+        lines.append(f"{name}: {said}")
+    return "\n".join(lines)
+
+
 def set_threads(threads: int | None) -> int:
     """Threads of the process's pool; None = processors of its affinity. Raises RequestError outside 1..1024."""
     kernels = load_kernels()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from quantbench.errors import DependencyError
@@ -29,6 +30,8 @@ from quantbench.infer.ops.types import (
 from quantbench.quantizers.activation import quantize_activation
 from quantbench.quantizers.formats import E4M3, FORMATS
 from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,10 @@ def _linear(a: Activation, w: LinearWeightLike) -> Floats:
     # a linear whose input stays float reads the floats, where both were handed on
     if a.codes is None or (a.values is not None and w.activations is None):
         assert a.values is not None
-        product = (a.values.astype(np.float64) @ dequantized(weight).astype(np.float64).T).astype(np.float32)
+        values = a.values
+        if isinstance(weight, np.ndarray) and weight.dtype == BF16:
+            values = values.astype(BF16)  # bf16 weights multiply bf16 inputs; the sums are float
+        product = (values.astype(np.float64) @ dequantized(weight).astype(np.float64).T).astype(np.float32)
     else:
         assert a.scale is not None
         integer = a.format == "int8" and not isinstance(weight, np.ndarray) and weight.format == "int8"

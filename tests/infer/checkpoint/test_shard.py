@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import ml_dtypes
@@ -67,10 +68,15 @@ def test_the_order_of_the_tensors_does_not_change_the_bytes(tmp_path: Path):
 
 
 def test_reading_does_not_keep_the_file_in_memory(tmp_path: Path):
-    write_shard(tmp_path / "x", {"a": np.zeros(1000, np.float32)}, Record("v", "p", "0"))
-    array = read_shard(tmp_path / "x")["a"].read()
-    assert isinstance(array.base, np.memmap)
-    assert not array.flags.writeable
+    values = {"large": np.arange(9000, dtype=np.float32).reshape(90, 100), "small": np.arange(5, dtype=np.int16)}
+    write_shard(tmp_path / "x", values, Record("v", "p", "0"))
+    read = {name: tensor.read() for name, tensor in read_shard(tmp_path / "x").items()}
+    assert all(np.array_equal(read[name], values[name]) for name in values)
+    assert not any(array.flags.writeable for array in read.values())
+    base = read["large"]
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
 
 
 def test_a_truncated_file_names_its_lost_tensors(tmp_path: Path):

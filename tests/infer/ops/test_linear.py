@@ -23,7 +23,8 @@ QUANTIZED = [
     ("int8", "channel", None, None), ("int8", "tensor", None, None),
     ("int8", "channel", None, "int8"), ("int8", "tensor", None, "int8"), ("int8", "channel", None, "fp8_e4m3"),
     ("int4", "channel", None, None),
-    ("int4", "group", 32, None), ("int4", "group", 64, None), ("int4", "group", 128, None),
+    ("int4", "group", 32, None), ("int4", "group", 64, None), ("int4", "group", 128, None), ("int4", "group", 12, None),
+    ("int4", "group", 64, "int8"), ("int8", "group", 32, None), ("fp8_e4m3", "channel", None, None),
     ("fp8_e4m3", "tensor", None, "fp8_e4m3"), ("fp8_e4m3", "channel", None, "fp8_e4m3"),
     ("fp8_e4m3", "block", None, "fp8_e4m3"), ("fp8_e4m3", "block", None, None),
 ]  # fmt: skip
@@ -77,7 +78,7 @@ def test_quantized_weights(
     t, n, k = shape
     k = -(-k // case[2]) * case[2] if case[2] else k
     rng = np.random.default_rng(seed)
-    w = quantized_weight(rng, n, k, case, zero and case[0] == "int4")
+    w = quantized_weight(rng, n, k, case, zero and case[0].startswith("int") and case[3] is None)
     a = ops.quantize(rng.standard_normal((t, k)).astype(np.float32), ActSpec(case[3], 0.02 if static else None))
     got, want = ops.linear(a, ops.pack(w)), reference.linear(a, reference.pack(w))
     if case[0] == case[3] == "int8":
@@ -109,7 +110,8 @@ def test_float_extremes(ops: CpuOps, dtype: Any) -> None:
     x[0, 64], x[1, 0], x[2, 7] = 3e38, -3e38, 1
     y = ops.linear(Activation(x), ops.pack(LinearWeight("w", w, None)))
     want = np.zeros((3, 33), np.float32)
-    want[0, 0], want[1, 32], want[2, 5] = 3e38, 3e38, 2.0**-20
+    large = np.float32(3e38).astype(dtype if dtype == ml_dtypes.bfloat16 else np.float32)  # bf16 multiplies bf16
+    want[0, 0], want[1, 32], want[2, 5] = large, large, 2.0**-20
     assert np.array_equal(y, want)
 
 
@@ -120,6 +122,21 @@ def test_every_e4m3_code_is_decoded_exactly(ops: CpuOps) -> None:
     a = Activation(None, codes, np.ones(1, np.float32), "fp8_e4m3")
     exact = codes.astype(np.float32)
     assert np.array_equal(ops.linear(a, ops.pack(w)), exact @ exact.T)
+
+
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 31])
+def test_every_int4_code_at_every_input(ops: CpuOps, k: int) -> None:
+    codes = np.array([[(n + i) % 16 - 8 for i in range(k)] for n in range(35)], np.int8)
+    w = LinearWeight("w", QuantizedWeight("int4", "channel", codes, np.ones((35, 1), np.float32)), None)
+    assert np.array_equal(ops.linear(Activation(np.eye(k, dtype=np.float32)), ops.pack(w)), codes.T.astype(np.float32))
+
+
+def test_float_inputs_of_int4_weights_keep_more_than_16_bits(ops: CpuOps) -> None:
+    """What splitting a float into two bf16 may cost, against what rounding it to one would: 2^-17 and 2^-9."""
+    x = np.random.default_rng(3).uniform(1, 2, (40, 64)).astype(np.float32)
+    codes = np.eye(64, dtype=np.int8)
+    w = LinearWeight("w", QuantizedWeight("int4", "group", codes, np.ones((64, 2), np.float32), None, 32), None)
+    assert np.abs(ops.linear(Activation(x), ops.pack(w)) / x - 1).max() <= 2.0**-16.9
 
 
 def test_no_tokens(ops: CpuOps) -> None:
