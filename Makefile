@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # PaddleSlim pins an opencv that breaks on numpy 2 and forgets what it really imports: see docs/measuring.md
 SLIM_NEEDS := six requests decorator scikit-learn pyzmq
 
-.PHONY: demo results test check kernels lint unit models sanitize install clean
+.PHONY: demo results test check kernels lint unit models sanitize install bench-peers bench-peers-onnx clean
 
 install: $(INSTALLED)
 
@@ -51,6 +51,24 @@ sanitize: install
 	VENV=$(VENV) sh tests/infer/kernels/sanitize.sh
 
 test: check models sanitize
+
+# llama.cpp (built here: ten minutes) and OpenVINO, each in an environment of its own, and SmolLM2 as they read it
+bench-peers: install
+	test -x .peers/llama.cpp/bin/python || $(PYTHON) -m venv .peers/llama.cpp
+	.peers/llama.cpp/bin/pip install -q llama-cpp-python==0.3.36
+	test -x .peers/openvino/bin/python || $(PYTHON) -m venv .peers/openvino
+	.peers/openvino/bin/pip install -q openvino-genai==2026.4.1.0
+	$(BIN)/quantbench fetch demo:smollm2
+	test -e .peers/smollm2-q8_0.gguf || $(BIN)/python benchmarks/peers/to_gguf.py demo:smollm2 .peers/smollm2-q8_0.gguf Q8_0
+	test -e .peers/smollm2-bf16.gguf || $(BIN)/python benchmarks/peers/to_gguf.py demo:smollm2 .peers/smollm2-bf16.gguf BF16
+
+# its model builder needs torch and transformers: some gigabytes more
+bench-peers-onnx: install
+	test -x .peers/onnxruntime/bin/python || $(PYTHON) -m venv .peers/onnxruntime
+	.peers/onnxruntime/bin/pip install -q onnxruntime-genai==0.18.0 onnx onnx_ir torch transformers
+	test -e .peers/smollm2-hf || $(BIN)/python benchmarks/peers/to_hf.py demo:smollm2 .peers/smollm2-hf
+	test -e .peers/smollm2-onnx-int8 || .peers/onnxruntime/bin/python -m onnxruntime_genai.models.builder \
+	  -m .peers/smollm2-hf -o .peers/smollm2-onnx-int8 -p int8 -e cpu -c .peers/cache
 
 clean:
 	rm -rf $(VENV) build runs

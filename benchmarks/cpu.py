@@ -1,15 +1,17 @@
 """The CPU runtime beside the limits of the machine and beside other runtimes: one command, a table per thread count.
 
-    python benchmarks/cpu.py MODEL --threads 1,2 [--rounds 3] [--peer "llama.cpp=COMMAND {threads}"]
+    python benchmarks/cpu.py MODEL --threads 1,2 [--rounds 3] [--profile] [--json FILE]
 
 MODEL is a float model (a HF directory, GGUF file, hub or demo name). Measured are prefill of 512 tokens and decoding at
-batches of 1, 8 and 16, for a8w8 with its head held as int8 (what the recipe rule `{match: lm_head, mode:
-weight_only_int8}` writes, and what every peer's int8 file has), bf16 and weight_only_int4, all rounded to nearest at
-load. Modes and peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those
-of the rounds, shown with their extremes. CPU time per token hardly changes where other processes compete.
+batches of 1, 8 and 16, for a8w8 and weight_only_int4 with the head held as int8 (what the recipe rule `{match: lm_head,
+mode: weight_only_int8}` writes, and what every peer's int8 file has) and for bf16, all rounded to nearest at load.
+Modes and peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those of the
+rounds, shown with their extremes. CPU time per token hardly changes where other processes compete.
 
-A peer is a command that prints one JSON object, {"prefill": tokens/s, "decode": {"1": tokens/s, ...}}, and runs in an
-environment of its own.
+A peer (`--peer "NAME=COMMAND {threads}"`) is a command that prints one JSON object, {"prefill": tokens/s, "decode":
+{"1": tokens/s, ...}, "cpu_ms": {"prefill": ms per token, "b1": ...}}, and runs in an environment of its own. Those that
+`make bench-peers` put into .peers/ are found by themselves; their models are SmolLM2-135M, so MODEL should be
+demo:smollm2.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 
 from quantbench.errors import QuantbenchError
@@ -31,13 +34,20 @@ from quantbench.infer.engine.convert import convert
 from quantbench.infer.engine.weights import pack_group
 from quantbench.infer.ops.cpu import load_kernels, set_threads
 from quantbench.infer.validate.machine import cpu_model
+from quantbench.infer.validate.profile import profile_steps
 from quantbench.vocabulary import parse_mode
 
 PROMPT = 512
 SHORT = 32  # prompt of a decode measurement
-HEADED = "a8w8+head"
-MODES = (HEADED, "bf16", "weight_only_int4")
-PEERS = ("llama.cpp", "OpenVINO GenAI", "ONNX Runtime GenAI")
+PROFILED = 16  # steps of a profile
+HEADED = "+head"  # a mode so marked holds its head as int8
+MODES = ("a8w8+head", "bf16", "weight_only_int4+head")
+PEERS = {  # under .peers/: environment, script, model
+    "llama.cpp Q8_0": ("llama.cpp", "llama_cpp_peer.py", "smollm2-q8_0.gguf"),
+    "llama.cpp BF16": ("llama.cpp", "llama_cpp_peer.py", "smollm2-bf16.gguf"),
+    "OpenVINO GenAI Q8_0": ("openvino", "openvino_peer.py", "smollm2-q8_0.gguf"),
+    "ONNX Runtime GenAI int8": ("onnxruntime", "onnxruntime_peer.py", "smollm2-onnx-int8"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +64,9 @@ Samples = dict[str, Sample]  # column ("prefill", "b1", "b8", …) -> sample
 
 
 def load(model: str, mode: str) -> Engine:
-    """`model` in `mode`; HEADED is a8w8 whose head is packed again as int8."""
-    engine = Engine.load(model, mode.removesuffix("+head"), cache_tokens=16 * PROMPT, prefix_reuse=False)
-    if mode == HEADED:
+    """`model` in `mode`; where it is marked so, the head is packed again as int8."""
+    engine = Engine.load(model, mode.removesuffix(HEADED), cache_tokens=16 * PROMPT, prefix_reuse=False)
+    if mode.endswith(HEADED):
         head = convert(engine.source.linear("lm_head"), parse_mode("weight_only_int8"))
         runner = engine.runner
         runner.model = replace(runner.model, head=pack_group(runner.ops, [head]))
@@ -109,7 +119,8 @@ def run_peer(command: str, threads: int) -> Samples | str:
     try:
         found = json.loads(done.stdout)
         rates = {"prefill": found["prefill"]} | {f"b{batch}": rate for batch, rate in found["decode"].items()}
-        return {column: Sample(float(rate)) for column, rate in rates.items()}
+        spent = found.get("cpu_ms", {})
+        return {column: Sample(float(rate), float(spent.get(column, 0))) for column, rate in rates.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as reason:
         return f'it did not print {{"prefill": …, "decode": {{…}}}} ({reason!r})'
 
@@ -159,12 +170,54 @@ def show(found: dict[str, list[Samples]], ceilings: dict[str, float], columns: l
 def _use(name: str, samples: list[Sample], ceilings: dict[str, float]) -> str:
     """How much of the machine the median round used; nothing is known of a peer's."""
     typical = sorted(samples, key=lambda s: s.tokens_per_s)[len(samples) // 2]
-    if not typical.gb:
+    if not typical.cpu_ms:
         return ""
-    peak = ceilings["int8_gop_per_s" if name.startswith("a8w8") else "float32_gop_per_s"]
+    if not typical.gb:
+        return f"{median(s.cpu_ms for s in samples):8.2f} ms"
+    kind = "int8" if name.startswith("a8w8") else "bf16" if name == "bf16" else "float32"
+    peak = ceilings[f"{kind}_gop_per_s"]
     read, done = typical.tokens_per_s * typical.gb, typical.tokens_per_s * typical.gop
     shares = f"{read:6.1f} GB/s {read / ceilings['read_gb_per_s']:4.0%}  {done:6.0f} GOP/s {done / peak:4.0%}"
     return f"{median(s.cpu_ms for s in samples):8.2f} ms  {shares}"
+
+
+def show_profiles(engines: dict[str, Engine]) -> None:
+    print("\nwhere a decode step at batch 1 goes, ms")
+    for name, engine in engines.items():
+        prompt = [(11 * i) % 997 + 3 for i in range(SHORT)]
+        engine.add(Request(prompt, SamplingParams(max_tokens=PROFILED + 4, ignore_eos=True, detokenize=False)))
+        while not engine.step():
+            pass
+        parts = sorted(profile_steps(engine, PROFILED).items(), key=lambda item: -item[1])
+        while not engine.idle:
+            engine.step()
+        print(f"  {name}: " + ", ".join(f"{kind} {seconds * 1e3:.2f}" for kind, seconds in parts if seconds > 0))
+
+
+def as_rows(
+    found: dict[str, list[Samples]], threads: int, isa: str, ceilings: dict[str, float]
+) -> list[dict[str, object]]:
+    return [
+        {"name": name, "threads": threads, "isa": isa, "round": number, "ceilings": ceilings}
+        | {column: asdict(sample) for column, sample in samples.items()}
+        for name, rounds in found.items()
+        for number, samples in enumerate(rounds)
+    ]
+
+
+def installed_peers() -> dict[str, str]:
+    """Commands of the peers under .peers/; says which are not there."""
+    root = Path(__file__).resolve().parent.parent
+    commands = {}
+    for name, (environment, script, model) in PEERS.items():
+        python, weights = root / ".peers" / environment / "bin" / "python", root / ".peers" / model
+        absent = [str(path.relative_to(root)) for path in (python, weights) if not path.exists()]
+        if absent:
+            print(f"peer {name}: skipped: {' and '.join(absent)} absent; `make bench-peers` installs it")
+            continue
+        words = (str(python), str(Path(__file__).parent / "peers" / script), str(weights), "{threads}")
+        commands[name] = " ".join(word if word == "{threads}" else shlex.quote(word) for word in words)
+    return commands
 
 
 def integers(text: str) -> list[int]:
@@ -179,16 +232,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=integers, default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32, help="decode steps per measurement")
+    parser.add_argument("--profile", action="store_true", help="split a decode step at batch 1 by kind of work")
+    parser.add_argument("--json", type=Path, help="write every sample of every round here")
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    peers = dict(peer.partition("=")[::2] for peer in options.peer)
-    for name in PEERS:
-        if name not in peers:
-            print(f"peer {name}: skipped: no --peer {shlex.quote(name + '=COMMAND')} was given")
+    peers = {} if options.no_peers else installed_peers()
+    peers |= dict(peer.partition("=")[::2] for peer in options.peer)
+    rows: list[dict[str, object]] = []
     try:
         engines = {mode: load(options.model, mode) for mode in options.modes.split(",")}
         for threads in options.threads:
@@ -198,7 +253,13 @@ def main(arguments: list[str] | None = None) -> int:
             limits = ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items())
             print(f"\n== {cpu_model()}, {isa}, {threads} thread(s), {options.rounds} rounds; ceilings: {limits}")
             columns = ["prefill", *(f"b{b}" for b in options.batches)]
-            show(measure(engines, peers, threads, options), ceilings, columns)
+            found = measure(engines, peers, threads, options)
+            show(found, ceilings, columns)
+            rows += as_rows(found, threads, isa, ceilings)
+            if options.profile:
+                show_profiles(engines)
+            if options.json:
+                options.json.write_text(json.dumps({"cpu": cpu_model(), "rows": rows}, indent=1) + "\n", "utf-8")
     except QuantbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -146,8 +146,8 @@ def statistics(ops: CpuOps, seconds: float) -> list[Line]:
 
 
 def show(line: Line, ceilings: dict[str, float]) -> str:
-    int8 = line.op == "linear a8w8"
-    peak = ceilings["int8_gop_per_s" if int8 else "float32_gop_per_s"]
+    kind = {"linear a8w8": "int8", "linear bf16": "bf16", "linear a8w8_fp8": "bf16"}.get(line.op, "float32")
+    peak = ceilings[f"{kind}_gop_per_s"]
     speed, rate = line.operations / line.seconds / 1e9, line.bytes / line.seconds / 1e9
     read = 100 * rate / ceilings["read_gb_per_s"]
     shares = f"{speed:8.1f} GOP/s {100 * speed / peak:4.0f}%  {rate:7.2f} GB/s {read:4.0f}%"

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of benchmarks/cpu.py: python llama_cpp_peer.py MODEL.gguf THREADS [STEPS] prints one JSON object.
+"""llama.cpp as a peer of benchmarks/cpu.py: llama_cpp_peer.py MODEL.gguf THREADS [STEPS] prints one JSON object.
 
 Token ids in, tokens/s out: prefill of 512 tokens, then greedy steps at batches of 1, 8 and 16 after prompts of 32, the
 best of three each. Sampling is left out: the same token is fed again.

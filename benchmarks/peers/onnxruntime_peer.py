@@ -1,6 +1,6 @@
-"""ONNX Runtime GenAI as a peer of benchmarks/cpu.py: python onnxruntime_peer.py DIRECTORY THREADS [STEPS] prints one JSON object.
+"""ONNX Runtime GenAI as a peer of benchmarks/cpu.py: onnxruntime_peer.py DIRECTORY THREADS [STEPS] prints JSON.
 
-DIRECTORY is what its model builder writes (docs/measuring.md says how). Prefill of 512 tokens, then greedy steps at
+DIRECTORY is what its model builder writes (`make bench-peers-onnx`). Prefill of 512 tokens, then greedy steps at
 batches of 1, 8 and 16 after prompts of 32, the best of three each.
 """
 

@@ -1,7 +1,8 @@
-"""OpenVINO GenAI as a peer of benchmarks/cpu.py: python openvino_peer.py MODEL THREADS [STEPS] prints one JSON object.
+"""OpenVINO GenAI as a peer of benchmarks/cpu.py: openvino_peer.py MODEL THREADS [STEPS] prints one JSON object.
 
-MODEL is what LLMPipeline opens: an exported directory, or a GGUF file (to_gguf.py). Prefill of 512 tokens is the time to
-the first token; decoding at batches of 1, 8 and 16 after prompts of 32 is the time of STEPS further tokens. Best of three.
+MODEL is what LLMPipeline opens: an exported directory, or a GGUF file (to_gguf.py). Prefill of 512 tokens is the time
+to the first token; decoding at batches of 1, 8 and 16 after prompts of 32 is the time of STEPS further tokens. Best of
+three each.
 """
 
 from __future__ import annotations

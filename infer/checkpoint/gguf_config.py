@@ -12,7 +12,7 @@ from quantbench.errors import ModelError
 from quantbench.infer.models import Family, Rope
 
 if TYPE_CHECKING:
-    from quantbench.infer.checkpoint.gguf import GgufTensor
+    from quantbench.infer.checkpoint.gguf_file import GgufTensor
 
 _REQUIRED = (
     "block_count",

@@ -95,7 +95,7 @@ class _Header:
     """Reads from a position that moves on."""
 
     def __init__(self, data: Array) -> None:
-        self._data = memoryview(data)
+        self._data: memoryview = data.data
         self._at = 0
         if bytes(self._data[:4]) != MAGIC:
             raise ValueError(f"it begins with {bytes(self._data[:4])!r}, not {MAGIC!r}")

@@ -14,7 +14,8 @@ struct Choice {
     bool chosen;
 };
 
-std::vector<std::string> features();  // of this processor that its system lets us use, as /proc/cpuinfo names them
+std::vector<std::string> features();  // of this processor that its system lets us use, as /proc/cpuinfo names them;
+                                      // fast_avx512_bf16 besides
 
 // Every instruction set that kernels exist for, worst first, and which of them runs on a processor with such features:
 // `wanted`, or the best for "" and "auto". Depends on nothing else. Throws std::invalid_argument where it cannot be had.

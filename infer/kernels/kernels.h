@@ -32,7 +32,7 @@ public:
                     Array<int64_t, 2> histogram) const;
     void absmax(ConstFloats x, int64_t rows, Array<float, 1> out) const;
     double read_gb_per_s(int64_t bytes, int rounds) const;
-    double gop_per_s(bool int8, double seconds) const;
+    double gop_per_s(const std::string& kind, double seconds) const;  // float32, int8 or bf16
 
 private:
     const Table& table_;

@@ -112,11 +112,12 @@ static void prepare(const Prepare& p, int64_t first, int64_t last) {
 static void linear(const Linear& l, int64_t first, int64_t last) {
 #if defined(QB_AMX)
     if (l.w.kind == Kind::int8_dot && l.t > kDotRows) return linear_tile_codes(l, first, last);
-    if (l.w.kind == Kind::bf16) return linear_tile_bf16(l, first, last);
 #endif
     switch (product_of(preparation(l.w, l.format, l.a, l.t))) {
         case Product::int8: return linear_dot(l, first, last);
-#if defined(QB_BF16)
+#if defined(QB_AMX)
+        case Product::bf16: return linear_tile_bf16(l, first, last);
+#elif defined(QB_BF16)
         case Product::bf16: return linear_bf16(l, first, last);
 #endif
         default: return linear_float(l, first, last);

@@ -299,7 +299,10 @@ static void linear_float(const Linear& l, int64_t first, int64_t last) {
         case Kind::f32: return linear_by_tokens<DecodeF32>(l, first, last);
         case Kind::f16: return linear_by_tokens<DecodeF16>(l, first, last);
         case Kind::int8: return linear_by_groups<DecodeInt8>(l, first, last);
-#if defined(QB_BF16)
+#if defined(QB_AMX)
+        case Kind::int4: return linear_by_groups<DecodeInt4>(l, first, last);
+        case Kind::e4m3: return linear_by_groups<DecodeE4M3>(l, first, last);
+#elif defined(QB_BF16)
         case Kind::int4: return linear_rare<DecodeInt4>(l, first, last);
         case Kind::e4m3: return linear_rare<DecodeE4M3>(l, first, last);
 #else

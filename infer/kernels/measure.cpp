@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "kernels.h"
+#include "peaks.h"
 #include "pool.h"
 
 namespace quantbench {
@@ -77,10 +78,12 @@ double Kernels::read_gb_per_s(int64_t bytes, int rounds) const {
     return double(pieces * piece) * 4 / best / 1e9;
 }
 
-double Kernels::gop_per_s(bool int8, double seconds) const {
+double Kernels::gop_per_s(const std::string& kind, double seconds) const {
+    require(kind == "float32" || kind == "int8" || kind == "bf16", "kind of products: float32, int8 or bf16");
     nb::gil_scoped_release release;
     auto pool = Pool::shared();
-    auto peak = int8 ? table_.peak_int8 : table_.peak_float;
+    auto peak = kind == "int8" ? table_.peak_int8 : table_.peak_float;
+    if (auto own = peak_of(table_.name, kind)) peak = own;
     int64_t threads = pool->threads();
     std::vector<double> done(size_t(threads) * 16, 0.0);
     double best = 0;

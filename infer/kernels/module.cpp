@@ -51,8 +51,9 @@ nb::dict ceilings(int threads) {
     Kernels kernels(isa_in_use());
     nb::dict found;
     found["read_gb_per_s"] = kernels.read_gb_per_s(int64_t(256) << 20, 5);
-    found["float32_gop_per_s"] = kernels.gop_per_s(false, 0.25);
-    found["int8_gop_per_s"] = kernels.gop_per_s(true, 0.25);
+    found["float32_gop_per_s"] = kernels.gop_per_s("float32", 0.25);
+    found["int8_gop_per_s"] = kernels.gop_per_s("int8", 0.25);
+    found["bf16_gop_per_s"] = kernels.gop_per_s("bf16", 0.25);
     if (threads && threads != before) set_threads(before);
     return found;
 }
@@ -71,7 +72,7 @@ NB_MODULE(_kernels, m) {
     }, "features"_a.none() = nb::none(), "wanted"_a = "",
           "Of every instruction set, worst first: its name, the features it misses, and whether it is the one that runs.");
     m.def("isa", &isa_in_use, "The instruction set in use: QUANTBENCH_ISA, else the best.");
-    m.def("ceilings", &ceilings, "threads"_a = 0, "read_gb_per_s, float32_gop_per_s and int8_gop_per_s, measured.");
+    m.def("ceilings", &ceilings, "threads"_a = 0, "read_gb_per_s and float32_, int8_ and bf16_gop_per_s, measured.");
     m.def("set_threads", [](int n) {
         require(n >= 1 && n <= 1024, "threads must be between 1 and 1024");
         nb::gil_scoped_release release;
@@ -107,7 +108,7 @@ NB_MODULE(_kernels, m) {
              "channel_sum"_a.noconvert(), "minimum"_a.noconvert(), "maximum"_a.noconvert(), "histogram"_a.noconvert())
         .def("absmax", &Kernels::absmax, "x"_a.noconvert(), "rows"_a, "out"_a.noconvert())
         .def("read_gb_per_s", &Kernels::read_gb_per_s, "bytes"_a, "rounds"_a)
-        .def("gop_per_s", &Kernels::gop_per_s, "int8"_a, "seconds"_a);
+        .def("gop_per_s", &Kernels::gop_per_s, "kind"_a, "seconds"_a);
 
     nb::class_<Linears>(m, "Linears")
         .def(nb::init<int, std::optional<float>>(), "format"_a, "scale"_a.none())

@@ -17,7 +17,7 @@ import numpy as np
 
 from quantbench.errors import CalibrationError, DependencyError, RequestError
 from quantbench.infer.ops.buffers import Buffers
-from quantbench.infer.ops.pack import parts_of
+from quantbench.infer.ops.pack import Part, parts_of
 from quantbench.infer.ops.types import (
     FLOAT,
     Activation,
@@ -92,11 +92,16 @@ class NativePart:
     rows: int
     activations: str | None
     weight: Any  # quantbench._kernels.PackedWeight
+    bf16: bool = False  # multiplied by the instruction for bf16
 
 
 @dataclass(frozen=True)
 class CpuPacked(Packed):
     parts: tuple[NativePart, ...] = ()
+
+    @property
+    def bf16_operations(self) -> float:
+        return sum(2.0 * part.rows * self.shape[1] for part in self.parts if part.bf16)
 
 
 class CpuOps:
@@ -121,10 +126,17 @@ class CpuOps:
 
     def pack(self, weight: Weights) -> CpuPacked:
         parts = parts_of(list(weight) if isinstance(weight, Sequence) else [weight])
-        natives = tuple(NativePart(p.rows, p.activations, self._module.pack(*p.native_arguments())) for p in parts)
+        natives = tuple(
+            NativePart(p.rows, p.activations, self._module.pack(*p.native_arguments()), self._multiplies_bf16(p))
+            for p in parts
+        )
         names = tuple(name for part in parts for name in part.names)
         shape = (sum(part.rows for part in parts), parts[0].columns)
         return CpuPacked(names, shape, sum(n.weight.nbytes for n in natives), natives)
+
+    def _multiplies_bf16(self, part: Part) -> bool:
+        """Whether an instruction of its own does: for bf16 weights, and without tiles for e4m3 codes on both sides."""
+        return self.isa in ("avx512bf16", "amx") and part.is_bf16 and (self.isa != "amx" or part.scale is None)
 
     def embed(self, table: Packed, ids: Ints) -> Floats:
         out = BUFFERS.array((len(ids), table.shape[1]), F32)

@@ -15,9 +15,10 @@ import numpy as np
 from quantbench.errors import CheckpointError
 from quantbench.infer.ops.types import Array, Floats, Ints, LinearWeightLike
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_KINDS: dict[np.dtype[Any], int] = {  # Kind in kernels/table.h
     np.dtype(np.float32): 0,
-    np.dtype(ml_dtypes.bfloat16): 1,
+    BF16: 1,
     np.dtype(np.float16): 2,
 }
 CODE_KINDS = {"int8": 3, "int4": 4, "fp8_e4m3": 5}
@@ -46,6 +47,11 @@ class Part:
     @property
     def columns(self) -> int:
         return int(self.codes[0].shape[1])
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether weight and input are one bf16 value each: bf16 itself, or e4m3 codes on both sides."""
+        return self.kind == FLOAT_KINDS[BF16] or (self.kind == CODE_KINDS["fp8_e4m3"] and self.activations is not None)
 
     def native_arguments(self) -> tuple[Any, ...]:
         return self.kind, [_bits(codes) for codes in self.codes], self.scale, self.zero, self.group_size, self.bias

@@ -77,6 +77,11 @@ class Packed:
     shape: tuple[int, int]  # [N, K]
     nbytes: int  # bytes held: codes, scales, bias
 
+    @property
+    def bf16_operations(self) -> float:
+        """Of one token: those that the backend does on bf16 at its rate for bf16, where that differs from float32's."""
+        return 0.0
+
 
 class QuantizedWeightLike(Protocol):
     """Structure of quantizers.weight.QuantizedWeight, which operations only read."""

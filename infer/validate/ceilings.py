@@ -22,7 +22,7 @@ SIZE = 768  # of the numpy column's matrix product
 
 
 def measure_ceilings(ops: str = "cpu", threads: int | None = None) -> Ceilings:
-    """Read bandwidth in GB/s, float32 and int8 × int8 peaks in GOP/s (a multiplication and an addition are two).
+    """Read bandwidth in GB/s, float32, int8 × int8 and bf16 peaks in GOP/s (a multiplication and an addition are two).
 
     Raises DependencyError for an unknown op table, and for "cpu" without the compiled extension.
     """
@@ -35,7 +35,8 @@ def measure_ceilings(ops: str = "cpu", threads: int | None = None) -> Ceilings:
     kernels = CpuOps().kernels
     set_threads(threads)
     read = kernels.read_gb_per_s(READ_BYTES, ROUNDS)
-    return Ceilings(read, kernels.gop_per_s(False, PEAK_SECONDS), kernels.gop_per_s(True, PEAK_SECONDS))
+    peaks = (kernels.gop_per_s(kind, PEAK_SECONDS) for kind in ("float32", "int8", "bf16"))
+    return Ceilings(read, *peaks)
 
 
 def _cuda_ceilings() -> Ceilings:

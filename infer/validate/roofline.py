@@ -25,17 +25,20 @@ class Ceilings:
     read_gb_per_s: float
     float32_gop_per_s: float
     int8_gop_per_s: float
+    bf16_gop_per_s: float | None = None  # where the instruction set multiplies bf16 faster than float32
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step: bytes read and operations done. `float_operations` are all that are not int8 × int8."""
+    """One step: bytes read and operations done. `float_operations` are all that are not int8 × int8; some of them
+    multiply bf16 by an instruction of its own."""
 
     weight_bytes: int
     head_bytes: int  # part of weight_bytes: the output head, and
     cache_bytes: int
     int8_operations: float
     float_operations: float
+    bf16_operations: float = 0.0  # part of float_operations
 
     @property
     def bytes(self) -> int:
@@ -49,7 +52,9 @@ class Work:
         return self.bytes / (c.read_gb_per_s * 1e9)
 
     def compute_s(self, c: Ceilings) -> float:
-        return (self.int8_operations / c.int8_gop_per_s + self.float_operations / c.float32_gop_per_s) / 1e9
+        bf16 = self.bf16_operations if c.bf16_gop_per_s else 0.0
+        floats = (self.float_operations - bf16) / c.float32_gop_per_s + bf16 / (c.bf16_gop_per_s or 1)
+        return (self.int8_operations / c.int8_gop_per_s + floats) / 1e9
 
 
 def step_work(engine: Engine, batch: int, context: int) -> Work:
@@ -57,7 +62,8 @@ def step_work(engine: Engine, batch: int, context: int) -> Work:
     weights, head, int8 = _linears(engine)
     total = batch * engine.operations_per_token(context)
     cache = round(batch * engine.bytes_per_token(batch, context)) - weights
-    return Work(weights, head, cache, batch * int8, total - batch * int8)
+    bf16 = _bf16(engine, blocks=batch, head=batch)
+    return Work(weights, head, cache, batch * int8, total - batch * int8, bf16)
 
 
 def prefill_work(engine: Engine, tokens: int) -> Work:
@@ -66,7 +72,16 @@ def prefill_work(engine: Engine, tokens: int) -> Work:
     head_operations = sum(2.0 * p.shape[0] * p.shape[1] for p in engine.runner.model.head.packed)
     total = tokens * engine.operations_per_token(tokens // 2) - (tokens - 1) * head_operations
     cache = round(engine.bytes_per_token(1, tokens // 2)) - weights
-    return Work(weights, head, cache, tokens * int8, total - tokens * int8)
+    bf16 = _bf16(engine, blocks=tokens, head=1)
+    return Work(weights, head, cache, tokens * int8, total - tokens * int8, bf16)
+
+
+def _bf16(engine: Engine, blocks: int, head: int) -> float:
+    """Operations on bf16, of so many tokens through the blocks and through the head."""
+    model = engine.runner.model
+    groups = [g for layer in model.layers for g in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    inner = sum(p.bf16_operations for group in groups for p in group.packed)
+    return blocks * inner + head * sum(p.bf16_operations for p in model.head.packed)
 
 
 def _linears(engine: Engine) -> tuple[int, int, float]:

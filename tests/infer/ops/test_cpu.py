@@ -76,6 +76,6 @@ def test_ceilings_are_above_nothing(isa: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("QUANTBENCH_ISA", isa)
     before = load_kernels().threads()
     found = load_kernels().ceilings(1)
-    assert set(found) == {"read_gb_per_s", "float32_gop_per_s", "int8_gop_per_s"}
+    assert set(found) == {"read_gb_per_s", "float32_gop_per_s", "int8_gop_per_s", "bf16_gop_per_s"}
     assert all(value > 0.1 for value in found.values())
     assert load_kernels().threads() == before
