@@ -25,7 +25,7 @@ class Ceilings:
     read_gb_per_s: float
     float32_gop_per_s: float
     int8_gop_per_s: float
-    bf16_gop_per_s: float | None = None  # where the instruction set multiplies bf16 faster than float32
+    bf16_gop_per_s: float = 0.0  # of instructions made for it; 0: as float32
 
 
 @dataclass(frozen=True)

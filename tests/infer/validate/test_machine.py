@@ -20,7 +20,7 @@ def test_the_description_holds_what_a_figure_needs():
     assert machine["threads"] == 1
     assert describe_machine()["threads"] == machine["cores"] == len(os.sched_getaffinity(0)) == usable_cores()
     assert machine["memory_bytes"] > 1 << 28
-    assert machine["isa"] in ("none", "generic", "avx2", "avx512vnni")
+    assert machine["isa"] in ("none", "generic", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")
     assert {"cpu", "os", "python", "numpy", "quantbench", "date"} <= machine.keys()
     assert all(machine.values())
 

@@ -92,3 +92,10 @@ def test_prefill_runs_the_head_once(tiny_model):
     one, many = prefill_work(engine, 1), prefill_work(engine, 100)
     assert many.operations == pytest.approx(100 * one.operations - 99 * 2 * 256 * 64, rel=0.25)
     assert many.weight_bytes == one.weight_bytes
+
+
+def test_bf16_products_count_against_their_own_ceiling() -> None:
+    work = replace(WORK, bf16_operations=1.5e8)
+    assert work.compute_s(CEILINGS) == WORK.compute_s(CEILINGS)  # none was measured: as float32
+    faster = replace(CEILINGS, bf16_gop_per_s=300)
+    assert work.compute_s(faster) == pytest.approx(0.5e8 / 100e9 + 1.5e8 / 300e9)

@@ -31,7 +31,7 @@ def test_the_result_is_what_reports_read(measured):
 
     read = Throughput.model_validate(json.loads(json.dumps(result, allow_nan=False)))
     assert (read.prompt, read.output, read.rounds) == (16, 4, 2)
-    assert set(read.ceilings) == {"read_gb_per_s", "float32_gop_per_s", "int8_gop_per_s"}
+    assert set(read.ceilings) == {"read_gb_per_s", "float32_gop_per_s", "int8_gop_per_s", "bf16_gop_per_s"}
     for speed in read.variants.values():
         assert speed.prefill.tokens_per_s.min <= speed.prefill.tokens_per_s.median <= speed.prefill.tokens_per_s.max
         assert set(speed.decode) == {"1", "2"}
