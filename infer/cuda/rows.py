@@ -138,7 +138,7 @@ def combine(
     sequences, count, heads, size = splits.sums.shape
     parts = parts_of_row(heads * size)
     agree = spec.format is not None and spec.scale is None and parts > 1
-    if spec.keep_float or (agree and (parts > 8 or not device.hopper)):
+    if spec.keep_float or (agree and (parts not in (2, 4, 8) or not device.hopper)):
         joined = combine(device, splits, batch, window, FLOAT, out)
         return quantize(device, cast(DeviceArray, joined.values), spec)
     a, arguments = _output(device, sequences, heads * size, spec, out)
@@ -153,8 +153,8 @@ def combine(
 
 
 def parts_of_row(width: int) -> int:
-    """Blocks that share a row of `width` columns (a multiple of 16): at most 512 columns each, all alike."""
-    return next(n for n in (1, 2, 4, 8, 16, 32, 64) if width % (4 * n) == 0 and (width // n <= 512 or width % (8 * n)))
+    """Blocks that share a row of `width` columns (a multiple of 16): the fewest with at most 512 columns each, in whole fours."""
+    return next(n for n in range(1, width) if width % (4 * n) == 0 and width // n <= 512)
 
 
 def split_bf16(device: Device, x: DeviceArray) -> DeviceArray:

@@ -238,3 +238,12 @@ def test_rows_of_an_array_are_not_copied(device: Device) -> None:
     got = rows.quantize(device, array.rows(2, 4), ActSpec("int8"))
     want = REFERENCE.quantize(matrix(64)[2:4], ActSpec("int8"))
     assert_activation(device, got, want, 0, 0)
+
+
+def test_a_row_is_shared_evenly() -> None:
+    for heads in range(1, 130):
+        for size in (16, 64, 80, 96, 128, 256):
+            parts = rows.parts_of_row(heads * size)
+            assert heads * size % (4 * parts) == 0
+            assert heads * size // parts <= 1024
+    assert rows.parts_of_row(32 * 128) == 8
