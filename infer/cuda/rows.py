@@ -153,7 +153,7 @@ def combine(
 
 
 def parts_of_row(width: int) -> int:
-    """Blocks that share a row of `width` columns (a multiple of 16): the fewest with at most 512 columns each, in whole fours."""
+    """Blocks that share a row of `width` columns (a multiple of 16): the fewest with at most 512 each, in fours."""
     return next(n for n in range(1, width) if width % (4 * n) == 0 and width // n <= 512)
 
 
