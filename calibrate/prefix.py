@@ -35,7 +35,7 @@ from quantbench.scales.table import ScaleTable, write_atomically
 
 WINDOWS, LENGTH = 192, 4  # of calibration text that every candidate is tried on
 LONG_WINDOWS, LONG_LENGTH = 8, 96  # that likelihoods are taken of
-FINALISTS, CLOSE = 6, 1.3  # candidates, of a spread at most so many times the least, whose likelihoods are taken
+FINALISTS, CLOSE = 8, 1.3  # candidates, of a spread at most so many times the least, whose likelihoods are taken
 LONGEST = 4  # tokens of a prefix that is searched
 GAIN = 0.9  # of the spread, at most, that one more token must leave
 WORTH = 0.8  # of the plain model's spread, at most, that a searched prefix must leave
