@@ -22,7 +22,7 @@ from quantbench.infer.models import LINEARS, block_prefix
 from quantbench.quantizers.activation import quantize_activation
 from quantbench.quantizers.formats import FORMATS
 
-_FLOAT_CACHES = {
+_FLOATS = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -31,7 +31,8 @@ _FLOAT_CACHES = {
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How a linear's input is quantized: `scale` static, or None for one scale per token."""
+    """How a linear's input is quantized: `scale` static, or None for one scale per token. A bf16 weight multiplies
+    inputs rounded to bf16 (`format` "bfloat16", no scale)."""
 
     format: str
     scale: float | None
@@ -47,8 +48,8 @@ class CacheFormat:
 
     def hold(self, tap: str, x: Float) -> Tap:
         """K or V f32[T, KV, d] (`tap` "k" or "v") as the cache holds it: values as they are read, codes and scale."""
-        if self.format in _FLOAT_CACHES:
-            return Tap(x.astype(_FLOAT_CACHES[self.format]).astype(np.float32))
+        if self.format in _FLOATS:
+            return Tap(x.astype(_FLOATS[self.format]).astype(np.float32))
         scale = self.k_scale if tap == "k" else self.v_scale
         assert scale is not None
         record = FORMATS[self.format]
@@ -73,11 +74,11 @@ class FakeQuantize:
             held = self.cache.hold(tap, x)
             self._keep(tap, held)
             return held.values
-        if tap not in self.inputs:
+        spec = self.inputs.get(tap)
+        if spec is None or spec.format in _FLOATS:
             if tap in self._shared:
                 self._keep(tap, Tap(x.copy()) if self.record is not None else None)
-            return None
-        spec = self.inputs[tap]
+            return None if spec is None else x.astype(_FLOATS[spec.format]).astype(np.float32)
         codes, scale = quantize_activation(x, spec.format, spec.scale)
         self._keep(tap, Tap(x.copy(), codes, scale) if self.record is not None else None)
         return FORMATS[spec.format].decode(codes, scale if spec.scale is not None else scale[:, None])
@@ -93,7 +94,8 @@ def quantized_block(source: ModelSource, layer: int, cache: str | None = None) -
     `cache` overrides the format of a float KV cache ("float32" to simulate a bf16 model run in fp32).
     """
     linears = {line.name: source.linear(f"{block_prefix(layer)}.{line.name}") for line in LINEARS}
-    return source.float_block(layer), FakeQuantize(_inputs(linears), _cache_format(source, layer, cache))
+    inputs = _inputs(linears, rounded=cache is None)
+    return source.float_block(layer), FakeQuantize(inputs, _cache_format(source, layer, cache))
 
 
 def simulate(
@@ -128,7 +130,7 @@ def simulate(
         trace.taps |= {f"{block_prefix(layer)}.{name}": tap for name, tap in (hook.record or {}).items()}
         if followed is not None and layer + 1 < source.config.num_layers:
             hidden = followed[layer][None]
-    head = FakeQuantize(_head_input(source), CacheFormat("float32"), {} if taps else None)
+    head = FakeQuantize(_head_input(source, rounded=cache is None), CacheFormat("float32"), {} if taps else None)
     trace.logits = forward.head(hidden[0], head)
     trace.taps |= head.record or {}
     return trace
@@ -151,9 +153,9 @@ def held_prefix(source: ModelSource, cache: str | None = None) -> Prefix | None:
 _RECORDED = (*dict.fromkeys(line.tap for line in LINEARS), "k", "v")
 
 
-def _inputs(linears: Mapping[str, LinearWeight]) -> dict[str, InputFormat]:
-    """By tap where all its linears agree, else by linear."""
-    specs = {line.name: _input_format(linears[line.name]) for line in LINEARS}
+def _inputs(linears: Mapping[str, LinearWeight], rounded: bool) -> dict[str, InputFormat]:
+    """By tap where all its linears agree, else by linear. `rounded`: bf16 weights are multiplied as bf16."""
+    specs = {line.name: _input_format(linears[line.name], rounded) for line in LINEARS}
     found: dict[str, InputFormat] = {}
     for tap in dict.fromkeys(line.tap for line in LINEARS):
         names = [line.name for line in LINEARS if line.tap == tap]
@@ -164,12 +166,15 @@ def _inputs(linears: Mapping[str, LinearWeight]) -> dict[str, InputFormat]:
     return found
 
 
-def _input_format(linear: LinearWeight) -> InputFormat | None:
-    return None if linear.activations is None else InputFormat(linear.activations, linear.input_scale)
+def _input_format(linear: LinearWeight, rounded: bool) -> InputFormat | None:
+    if linear.activations is not None:
+        return InputFormat(linear.activations, linear.input_scale)
+    bf16 = isinstance(linear.weight, np.ndarray) and linear.weight.dtype == _FLOATS["bfloat16"]
+    return InputFormat("bfloat16", None) if bf16 and rounded else None
 
 
-def _head_input(source: ModelSource) -> dict[str, InputFormat]:
-    spec = _input_format(source.linear(HEAD_TAP))
+def _head_input(source: ModelSource, rounded: bool) -> dict[str, InputFormat]:
+    spec = _input_format(source.linear(HEAD_TAP), rounded)
     return {} if spec is None else {HEAD_TAP: spec}
 
 

@@ -120,7 +120,8 @@ def test_every_block_may_start_from_another_run(model: ModelSource) -> None:
     forward.load(1, weights)
     alone = forward.run(other[0][None], np.array([len(IDS)], np.int32), hook)
     np.testing.assert_array_equal(followed.hidden[1], alone[0])
-    np.testing.assert_array_equal(followed.logits, PaddleForward.of(model).head(followed.hidden[-1]))
+    rounded = FakeQuantize({"lm_head": InputFormat("bfloat16", None)}, CacheFormat("float32"))  # as the head is
+    np.testing.assert_array_equal(followed.logits, PaddleForward.of(model).head(followed.hidden[-1], rounded))
 
 
 def test_a_block_can_be_simulated_before_the_checkpoint_is_whole(model: ModelSource, tmp_path: Path) -> None:
@@ -153,6 +154,17 @@ def test_static_and_dynamic_inputs() -> None:
     assert hook.record["o_in"].scale.shape == (2,)
     assert hook.record["attn_in"].scale is not None
     assert hook.record["attn_in"].scale.shape == (1,)
+
+
+def test_bf16_weights_multiply_bf16_inputs() -> None:
+    x = np.array([[1.0, 1 + 2.0**-9, -3e-3]], np.float32)
+    hook = FakeQuantize({"attn_in": InputFormat("bfloat16", None)}, CacheFormat("float32"), {})
+    rounded = hook("attn_in", x)
+    assert rounded is not None
+    np.testing.assert_array_equal(rounded, x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert hook.record is not None
+    np.testing.assert_array_equal(hook.record["attn_in"].values, x)
+    assert hook.record["attn_in"].codes is None
 
 
 def test_k_and_v_have_scales_of_their_heads() -> None:
