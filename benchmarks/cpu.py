@@ -39,6 +39,7 @@ from quantbench.vocabulary import parse_mode
 
 PROMPT = 512
 SHORT = 32  # prompt of a decode measurement
+PATIENCE = 180  # seconds that a peer may take
 PROFILED = 16  # steps of a profile
 HEADED = "+head"  # a mode so marked holds its head as int8
 MODES = ("a8w8+head", "bf16", "weight_only_int4+head")
@@ -113,7 +114,10 @@ def run_peer(command: str, threads: int) -> Samples | str:
     words = shlex.split(command.replace("{threads}", str(threads)))
     if not words or shutil.which(words[0]) is None:
         return f"{words[0] if words else 'its command'} is not installed"
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {PATIENCE} s"
     if done.returncode:
         return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     try:

@@ -1,7 +1,7 @@
 """llama.cpp as a peer of benchmarks/cpu.py: llama_cpp_peer.py MODEL.gguf THREADS [STEPS] prints one JSON object.
 
 Token ids in, tokens/s out: prefill of 512 tokens, then greedy steps at batches of 1, 8 and 16 after prompts of 32, the
-best of three each. Sampling is left out: the same token is fed again.
+best of two each. Sampling is left out: the same token is fed again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 import llama_cpp as lc
 
-PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 3
+PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 2
 
 
 class Session:

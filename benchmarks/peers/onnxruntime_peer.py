@@ -1,7 +1,7 @@
 """ONNX Runtime GenAI as a peer of benchmarks/cpu.py: onnxruntime_peer.py DIRECTORY THREADS [STEPS] prints JSON.
 
 DIRECTORY is what its model builder writes (`make bench-peers-onnx`). Prefill of 512 tokens, then greedy steps at
-batches of 1, 8 and 16 after prompts of 32, the best of three each.
+batches of 1, 8 and 16 after prompts of 32, the best of two each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import numpy as np
 import onnxruntime_genai as og
 
-PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 3
+PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 2
 
 
 def prompts(batch: int, length: int) -> np.ndarray:
