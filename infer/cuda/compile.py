@@ -99,6 +99,7 @@ def compile_source(source: str, name: str, arch: str, macros: Macros) -> tuple[b
     """A cubin and what its kernels use. Raises DependencyError with the compiler's words where it does not compile."""
     nvrtc = load_nvrtc()
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--extra-device-vectorization"]
+    options += ["--no-cache"]  # NVRTC's own: what it has cached it compiles without a word about registers
     options += [f"-D{key}={value}" for key, value in macros.items()]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
     try:

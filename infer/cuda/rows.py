@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 Rope = tuple[DeviceArray, DeviceArray]
-LATE_NORMS = int(os.environ.get("QUANTBENCH_CUDA_LATE_NORMS", "1"))
 BLOCK = 512  # threads, at most, for one row
 ROPE_WARPS = 8  # heads per block
 
@@ -64,7 +62,7 @@ def add_norm(
     """x f32[T, D] += delta (device dtype) in place; RMS norm of x times weight f32[D]; quantized as `spec` says."""
     tokens, width = x.shape
     a, arguments = _output(device, tokens, width, spec)
-    kernel = device.kernel("rows.cu", "add_norm", LATE=LATE_NORMS, **_macros(device, width, spec))
+    kernel = device.kernel("rows.cu", "add_norm", LATE=1, **_macros(device, width, spec))
     device.launch(kernel, tokens, _threads(width), x, delta, weight, np.float64(eps), a.values, *arguments, device.bad)
     return a
 
