@@ -192,10 +192,13 @@ def show_profiles(engines: dict[str, Engine]) -> None:
         engine.add(Request(prompt, SamplingParams(max_tokens=PROFILED + 4, ignore_eos=True, detokenize=False)))
         while not engine.step():
             pass
-        parts = sorted(profile_steps(engine, PROFILED).items(), key=lambda item: -item[1])
+        kinds, operations = profile_steps(engine, PROFILED)
+        parts = sorted(kinds.items(), key=lambda item: -item[1])
         while not engine.idle:
             engine.step()
         print(f"  {name}: " + ", ".join(f"{kind} {seconds * 1e3:.2f}" for kind, seconds in parts if seconds > 0))
+        rates = {operation: spent.bytes / spent.seconds / 1e9 for operation, spent in operations.items() if spent.bytes}
+        print("    GB/s of its operations: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
 
 
 def as_rows(
