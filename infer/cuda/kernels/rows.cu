@@ -3,16 +3,12 @@
 //
 // Macros: WIDTH (columns of the result), PARTS (1, or blocks per row on Hopper), THREADS (of a block), IO (F32 | BF16 | F16: floats between operations), FORMAT (0: stay
 // float, INT8, E4M3), STATIC (1: `given` is the scale of every row; 0: one scale per row is computed and stored),
-// KEEP (1: floats are stored beside the codes),
-// LATE (1: add_norm lets its successor start once its predecessor has finished, 0: at once).
+// KEEP (1: floats are stored beside the codes).
 #include "common.cuh"
 #include "hopper.cuh"
 
 #ifndef PARTS
 #define PARTS 1
-#endif
-#ifndef LATE
-#define LATE 1
 #endif
 #ifndef STATIC
 #define STATIC 0
@@ -80,7 +76,6 @@ DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scal
 KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, const float* weight, double eps, void* values,
                                                 u8* codes, float* scales, float given, u32* bad) {
     __shared__ double shared[32];
-    if constexpr (!LATE) let_successor_start();
     Row row;
     float w[kChunks][V];
     s64 start = s64(blockIdx.x) * WIDTH;
@@ -88,7 +83,7 @@ KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, con
     for (int c = 0; c < kChunks; ++c)
         if (holds(c)) load_vector<F32>(weight, column(c), w[c]);
     wait_for_predecessor();
-    if constexpr (LATE) let_successor_start();
+    let_successor_start();  // not before: blocks that come too early crowd some multiprocessors
     double sum = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
