@@ -62,7 +62,7 @@ def add_norm(
     """x f32[T, D] += delta (device dtype) in place; RMS norm of x times weight f32[D]; quantized as `spec` says."""
     tokens, width = x.shape
     a, arguments = _output(device, tokens, width, spec)
-    kernel = device.kernel("rows.cu", "add_norm", LATE=1, **_macros(device, width, spec))
+    kernel = device.kernel("rows.cu", "add_norm", **_macros(device, width, spec))
     device.launch(kernel, tokens, _threads(width), x, delta, weight, np.float64(eps), a.values, *arguments, device.bad)
     return a
 
