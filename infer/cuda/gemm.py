@@ -30,7 +30,7 @@ INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 HELD_BYTES = 72 << 10  # of inputs that a streaming block keeps in shared memory
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
-GATED_TOKENS = {BF16: 256, E4M3: 384}  # above it the library's product and SwiGLU on its own beat the fused kernel
+GATED_TOKENS = {BF16: 128, E4M3: 384}  # above it the library's product and SwiGLU on its own beat the fused kernel
 WIDE_TOKENS = 64  # above it a quantized weight with float inputs is widened to bf16 first
 
 

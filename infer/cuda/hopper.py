@@ -57,7 +57,7 @@ def cut_for(tokens: int, rows: int, slices: int, multiprocessors: int) -> Cut:
     weight: large ones have blocks enough; of small ones rows are halved and K is split."""
     width = next(n for n in (8, 16, 32, 64, 128, 256) if n >= tokens or n == WIDEST)
     if tokens > WIDEST:
-        return _longest(256, 128, 1, 1) if slices > 64 else _longest(128, 256, 1, 1)
+        return _longest(256, 128, 1, 1)
     if rows >= LARGE:
         return _longest(width, 128, 1, 2 if width < 256 else 1)
     tiles, split = -(-rows // 64), 2 if slices >= 4 else 1
