@@ -15,7 +15,8 @@ from quantbench.recipes.plan import make_plan
 NAMES = {
     "demo", "w8a8-static", "w8a8-dynamic", "w8a8-smooth", "w8a8c8", "fp8", "fp8c8", "weight-only-int8",
     "w8a8-static-smooth", "w8a8-static-prefix",
-    "w8a8-dynamic-smooth", "w8a8c8-dynamic-smooth", "weight-only-int4", "weight-only-int4-gptq", "weight-only-int4-rotate-gptq", "fp8-static-prefix",
+    "w8a8-dynamic-smooth", "w8a8c8-dynamic-smooth", "weight-only-int4", "weight-only-int4-gptq",
+    "weight-only-int4-rotate-gptq", "fp8-static-prefix",
     "weight-only-int4-clip-gptq", "w8a8-dynamic-rotate-gptq", "seed-llama-ptq",
 }  # fmt: skip
 
