@@ -16,7 +16,7 @@ from quantbench.infer.ops.cpu import CpuOps, set_threads
 from quantbench.infer.validate.roofline import Ceilings
 
 READ_BYTES = 256 << 20
-ROUNDS = 8  # of reading; the best counts
+ROUNDS = 40  # of reading, a quarter of a second; the best counts
 PEAK_SECONDS = 0.15
 SIZE = 768  # of the numpy column's matrix product
 
