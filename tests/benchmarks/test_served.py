@@ -209,7 +209,6 @@ def test_an_unknown_entry_is_told(tiny_model: Path) -> None:
     assert done.stderr.strip() == "no such entry: tiny/w8a8. `list` names them all"
 
 
-@pytest.mark.skipif(not served.RESULTS.exists(), reason="nothing has been measured yet")
 def test_the_committed_pages_are_what_the_committed_results_say() -> None:
     found = json.loads(served.RESULTS.read_text(encoding="utf-8"))
     assert page.PAGE.read_text(encoding="utf-8") == page.page_of(found), "run: python benchmarks/served.py page"

@@ -27,7 +27,7 @@ HOPPER_CUTS = [
 @pytest.mark.parametrize("size", [(7, 264, 1040), (70, 128, 2048), (300, 400, 528)])
 def test_warpgroup_products(device: Device, cut: hopper.Cut, size: tuple[int, int, int]) -> None:
     if not device.hopper:
-        pytest.skip("needs sm_90a")
+        pytest.skip("runs on a Hopper GPU, without QUANTBENCH_CUDA_PORTABLE")
     tokens, n, k = size
     for case in ("int8-int8", "fp8-fp8", "bf16"):
         weight = weight_of(case, n, k) if case != "bf16" else LinearWeight(
@@ -68,7 +68,7 @@ def test_swiglu_in_the_epilogue(device_bf16: Device, case: str, tokens: int, spe
     )  # fmt: skip
     packed = gemm.pack(device_bf16, parts_of([weight])[0])
     if not gemm.fuses_swiglu(device_bf16, packed, tokens, spec):
-        pytest.skip("not fused at this size")
+        pytest.skip("gemm.fuses_swiglu is for Hopper GPUs: runs on one, for what it says")
     a = inputs_of(device_bf16, weight, tokens, 640)
     lent = Activation(
         None if a.values is None else device_bf16.upload(a.values.astype(ml_dtypes.bfloat16)),  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def test_results_finished_in_registers(
 ) -> None:
     """They equal those that go through shared memory, bit for bit."""
     if not device_bf16.hopper:
-        pytest.skip("needs sm_90a")
+        pytest.skip("runs on a Hopper GPU, without QUANTBENCH_CUDA_PORTABLE")
     tokens, n, k = size
     for case in ("int8-int8", "fp8-fp8"):
         weight = weight_of(case, n, k)

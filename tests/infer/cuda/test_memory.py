@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from quantbench.errors import DependencyError
@@ -8,7 +10,7 @@ from quantbench.infer.cuda.memory import load_driver
 
 
 def test_a_driver_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = pytest.importorskip("cuda.bindings.driver")
+    driver = importlib.import_module("cuda.bindings.driver")
     monkeypatch.setattr(driver, "cuInit", lambda flags: (driver.CUresult.CUDA_ERROR_NO_DEVICE,))
     with pytest.raises(DependencyError, match=r"no usable NVIDIA GPU \(CUDA_ERROR_NO_DEVICE\); run on the CPU"):
         load_driver()

@@ -18,7 +18,6 @@ def test_hoppers_own_kernels_are_asked_for_on_hopper_alone() -> None:
 
 
 def test_a_report_tells_registers_spills_and_what_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cuda.bindings")
     wrong = Special("step.cu", (("advance", 42),))
     monkeypatch.setattr(report, "specials", lambda arch: [Special("step.cu", ()), wrong])
     found = compile_all(("sm_80", "sm_90a"))

@@ -12,7 +12,6 @@ def test_the_numpy_column_is_measured_through_numpy():
 
 
 def test_the_native_kernels_measure_themselves():
-    pytest.importorskip("quantbench._kernels")
     one = measure_ceilings("cpu", threads=1)
     assert 0.5 < one.read_gb_per_s < 2000
     assert 0.5 < one.float32_gop_per_s < 100_000

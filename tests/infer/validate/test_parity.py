@@ -152,7 +152,6 @@ def test_agreement_is_the_mean_over_the_tokens_of_all_windows(traces):
 
 @pytest.mark.parametrize("mode", ["a8w8", "a8w8_fp8"])
 def test_the_native_kernels_make_the_codes_of_the_reference(tiny_model, mode):
-    pytest.importorskip("quantbench._kernels")
     base = Engine.load(tiny_model, "fp32", threads=1).trace(IDS)
     simulated = Engine.load(tiny_model, mode, ops="reference").trace(IDS)
     result = compare((base, simulated, Engine.load(tiny_model, mode, threads=1).trace(IDS)))
