@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from quantbench.infer.checkpoint.gguf_file import decode, read_header
 
+from .gguf_files import add
+
 VALUES = st.one_of(
     st.booleans(),
     st.integers(0, 2**32 - 1),
@@ -24,19 +26,6 @@ VALUES = st.one_of(
     st.lists(st.text(max_size=5), min_size=1, max_size=5),
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=5),
 )
-
-
-def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def write(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
