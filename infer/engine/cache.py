@@ -115,13 +115,6 @@ class PagePool:
     def find(self, key: bytes) -> int | None:
         return self._page_of.get(key)
 
-    def forget(self) -> None:
-        """Drops every name: nothing computed so far is found again."""
-        self._free.extend(self._idle)
-        self._idle.clear()
-        self._page_of.clear()
-        self._key_of.clear()
-
 
 class KVCache:
     """The pages of every layer. `scales[layer]` are K's and V's of an int8 or fp8 cache, None of a float one.

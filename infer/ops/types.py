@@ -83,23 +83,6 @@ class Packed:
         return 0.0
 
 
-class QuantizedWeightLike(Protocol):
-    """Structure of quantizers.weight.QuantizedWeight, which operations only read."""
-
-    @property
-    def format(self) -> str: ...
-    @property
-    def granularity(self) -> str: ...
-    @property
-    def codes(self) -> Array: ...
-    @property
-    def scale(self) -> Array: ...
-    @property
-    def zero(self) -> Array | None: ...
-    @property
-    def group_size(self) -> int | None: ...
-
-
 class LinearWeightLike(Protocol):
     """Structure of infer.checkpoint.source.LinearWeight, which operations only read."""
 
