@@ -79,11 +79,12 @@ def child(*arguments: str, threads: int) -> Words:
 def child_calibrates(recipe: str) -> Words:
     """In the child: the calibration alone, and the most memory it held."""
     from quantbench.infer.validate.visit import peak_rss_bytes
-    from quantbench.pipeline import Options, give_freed_memory_back, load, prepare, quantize
+    from quantbench.pipeline import Options, load, prepare, quantize
+    from quantbench.process import reuse_freed_memory
     from quantbench.reports.progress import PlainProgress
 
     options = Options(overwrite=True)
-    give_freed_memory_back()
+    reuse_freed_memory()
     with PlainProgress(sys.stderr) as progress:
         run = load(recipe, options)
         quantize(run, prepare(run, options), options, progress)

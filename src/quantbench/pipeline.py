@@ -5,7 +5,6 @@ load → plan → (collect → choose → apply → write, block by block) → v
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata as metadata
 import json
 import math
@@ -21,6 +20,7 @@ from quantbench.calibrate.rotated import require_rotatable
 from quantbench.errors import RecipeError, unknown
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.models import LINEARS, block_prefix, linear_names, linear_shapes, model_tensors
+from quantbench.process import give_freed_memory_back, one_thread_per_product, reuse_freed_memory
 from quantbench.recipes.facts import ModelFacts
 from quantbench.recipes.load import load_recipe
 from quantbench.recipes.lock import Lock, load_lock, verify_lock, write_lock
@@ -32,7 +32,6 @@ from quantbench.reports import write_report
 from quantbench.reports.progress import Progress
 from quantbench.validation import GATES_FILE, MEASUREMENTS, judge, validate
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
 # What `--from STAGE` deletes before it resumes, stage by stage; a later stage's products go too.
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "collect": ("statistics", "prefix"),
@@ -68,7 +67,7 @@ def calibrate(recipe: str, options: Options, progress: Progress) -> dict[str, An
 
     Raises QuantbenchError with all that is wrong; what finished blocks left on disk stays for --resume.
     """
-    give_freed_memory_back()
+    reuse_freed_memory()
     with progress:
         run = load(recipe, options)
         tokens = prepare(run, options)
@@ -76,17 +75,6 @@ def calibrate(recipe: str, options: Options, progress: Progress) -> dict[str, An
         validate(run.folder, run.recipe, run.source, run.plan, progress)
         judge(run.folder, run.recipe, run.source)
         return report(run, progress)
-
-
-def give_freed_memory_back() -> None:
-    """Arrays of 4 MiB and more return to the system when they are freed.
-
-    glibc raises that size to 32 MiB as it sees large arrays freed, and what is smaller then stays with the process:
-    0.3 GB of a demo run's peak, measured. Other C libraries have nothing to set.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def load(recipe: str, options: Options) -> Run:
@@ -190,7 +178,10 @@ def quantize(run: Run, tokens: TokenBatches, options: Options, progress: Progres
         reuse_statistics=options.start == "choose",
     )
     progress.stage("calibrate", run.source.config.num_layers * len(streams(job)))
-    quantize_blocks(job, lambda _: progress.advance())
+    give_freed_memory_back()  # what the text took
+    with one_thread_per_product():
+        quantize_blocks(job, lambda _: progress.advance())
+    give_freed_memory_back()  # what the blocks took, before the embedding is read
     progress.stage("write checkpoints", len(run.plan.variants))
     finish_checkpoints(job, lambda _: progress.advance())
 
