@@ -25,7 +25,8 @@ from quantbench.calibrate.observe import observe
 from quantbench.calibrate.paddleslim import LiveObserver, live_observer
 from quantbench.errors import CalibrationError
 from quantbench.infer.models import CACHE_TAPS, block_prefix
-from quantbench.scales.statistics import Statistics, _outer, merge
+from quantbench.scales.arrays import F64
+from quantbench.scales.statistics import Statistics, merge, outer_product
 
 _GIANT = 4.0
 BATCH_TOKENS = 4096  # tokens per calibration batch unless told otherwise: 8 samples of 512
@@ -57,6 +58,7 @@ class _Batch:
     def __init__(self, block: _Block) -> None:
         self._block = block
         self.seen: dict[str, Statistics] = {}
+        self.products: dict[str, Float | F64] = {}  # tap -> sum of x xT
         self.kept: dict[str, Float] = {}  # for live observers, which must see the batches in order
 
     def __call__(self, tap: str, x: Float) -> Float | None:
@@ -74,7 +76,7 @@ class _Batch:
         try:
             self.seen[tap] = observe(flat, self._block.rows(tap))
             if tap in options.hessian:
-                self.seen[tap].hessian = _outer(tempered(flat), self.seen[tap].absmax)
+                self.products[tap] = outer_product(tempered(flat), self.seen[tap].absmax)
         except CalibrationError as error:
             raise CalibrationError(
                 *(f"{block_prefix(self._block.layer)} {tap}: {p}" for p in error.problems)
@@ -105,6 +107,7 @@ class _Block:
     replace: TapHook | None
     kv_heads: int
     seen: dict[str, Statistics] = field(default_factory=dict)
+    hessians: dict[str, F64] = field(default_factory=dict)  # summed in place: they are several times the activations
     live: dict[tuple[str, str], LiveObserver] = field(default_factory=dict)
 
     def rows(self, tap: str) -> int:
@@ -113,6 +116,11 @@ class _Block:
     def add(self, batch: _Batch) -> None:
         for tap, statistics in batch.seen.items():
             self.seen[tap] = merge(self.seen[tap], statistics) if tap in self.seen else statistics
+        for tap, product in batch.products.items():
+            if tap in self.hessians:
+                self.hessians[tap] += product
+            else:
+                self.hessians[tap] = product.astype(np.float64)
         for tap, values in batch.kept.items():
             for name in self.options.observers:
                 if (tap, name) not in self.live:
@@ -120,6 +128,8 @@ class _Block:
                 self.live[tap, name].update(values)
 
     def finish(self) -> dict[str, Statistics]:
+        for tap, hessian in self.hessians.items():
+            self.seen[tap].hessian = hessian
         for (tap, name), observer in self.live.items():
             self.seen[tap].live[name] = observer.threshold()
         return self.seen

@@ -50,7 +50,7 @@ def observe(x: Float, rows: int = 1, hessian: bool = False) -> Statistics:
         limit=seen.limit,
         channel_absmax=seen.channel_absmax,
         channel_sum=seen.channel_sum,
-        hessian=reference._outer(x, absmax) if hessian else None,
+        hessian=reference.outer_product(x, absmax).astype(np.float64) if hessian else None,
     )
 
 

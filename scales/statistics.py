@@ -78,7 +78,7 @@ def observe(x: F32, rows: int = 1, hessian: bool = False) -> Statistics:
         limit=limit,
         channel_absmax=channel_absmax,
         channel_sum=np.add.reduce(x, axis=0, dtype=np.float64),
-        hessian=_outer(x, absmax) if hessian else None,
+        hessian=outer_product(x, absmax).astype(np.float64) if hessian else None,
     )
 
 
@@ -154,6 +154,12 @@ def scaled(s: Statistics, factor: F32) -> Statistics:
         hessian=None if s.hessian is None else s.hessian * wide[:, None] * wide[None, :],
         live={},
     )
+
+
+def outer_product(x: F32, absmax: F32) -> F32 | F64:
+    """Sum over the tokens of x [T, C] of x xT: [C, C] in float32, in float64 where a float32 sum could overflow."""
+    wide = x.astype(np.float64) if absmax.max() >= 2.0**50 else x
+    return wide.T @ wide
 
 
 def save(path: Path, taps: dict[str, Statistics]) -> None:
@@ -233,12 +239,6 @@ def _histogram(magnitude: F32, limit: F32) -> I64:
         bins = (values * np.float32(BINS / float(top))).astype(np.int32)
         counts[row] = np.bincount(bins, minlength=BINS)
     return counts
-
-
-def _outer(x: F32, absmax: F32) -> F64:
-    """Sum over tokens of x xT. float32 products, as the native kernel's; float64 where their sum could overflow."""
-    wide = x.astype(np.float64) if absmax.max() >= 2.0**50 else x
-    return (wide.T @ wide).astype(np.float64)
 
 
 def _require_equal_live(a: Statistics, b: Statistics) -> None:

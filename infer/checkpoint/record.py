@@ -20,7 +20,7 @@ from quantbench.infer.checkpoint.shard import Array, ShardedStore
 
 RECORD = "quantbench.json"
 VERSION = 1
-_SMALL = 1 << 20  # bytes; up to here a tensor is checked when the checkpoint is opened
+_SMALL = 1 << 16  # bytes; up to here a tensor is checked when the checkpoint is opened
 _PARTS = ("scale", "zero_point", "shape")
 
 

@@ -1,8 +1,13 @@
-"""A ModelSource into packed weights, one block at a time: peak memory is what is packed plus one block."""
+"""A ModelSource into packed weights, one block per thread at a time: peak memory is what is packed plus these blocks.
+
+Reading, checking and converting a block run on one thread each, side by side, because most of their time goes where no
+loop can be cut: to the first touch of memory, to checksums, to numpy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -10,23 +15,32 @@ from quantbench.infer.checkpoint.source import EMBEDDING, LinearWeight, ModelSou
 from quantbench.infer.engine.convert import F32, cast, convert, float_dtype
 from quantbench.infer.engine.forward import Layer, Model, Projection
 from quantbench.infer.models import LINEARS, block_prefix
-from quantbench.infer.ops import FLOAT, ActSpec, Ops
+from quantbench.infer.ops import FLOAT, ActSpec, Ops, Packed
+from quantbench.infer.ops.cpu import CpuOps
 from quantbench.quantizers.weight import QuantizedWeight
 from quantbench.vocabulary import FLOAT_DTYPES, Mode
 
 Convert = Callable[[LinearWeight], LinearWeight]
+MOST_WORKERS = 8  # memory of as many blocks beside the packed ones
 
 
 def load_model(source: ModelSource, ops: Ops, mode: Mode | None) -> Model:
     """All weights packed for `ops`. `mode` None: as stored; a mode: the float source converted to it."""
-    layers = tuple(_load_layer(source, ops, mode, layer) for layer in range(source.config.num_layers))
+    workers = min(ops.threads, MOST_WORKERS) if isinstance(ops, CpuOps) else 1
+    with ThreadPoolExecutor(workers) as pool:
+        ends = pool.submit(_load_ends, source, ops, mode)  # the largest first
+        layers = tuple(pool.map(lambda layer: _load_layer(source, ops, mode, layer), range(source.config.num_layers)))
+        embedding, logits = ends.result()
+    return Model(source.config, embedding, layers, _norm(source, mode, "model.norm.weight"), logits)
+
+
+def _load_ends(source: ModelSource, ops: Ops, mode: Mode | None) -> tuple[Packed, Projection]:
+    """The embedding and the head."""
     keep = _keeper(mode)
     embedding = ops.pack(keep(LinearWeight("model.embed_tokens", source.read(EMBEDDING), None)))
     if source.config.tie_word_embeddings and not _quantized(source, "lm_head"):
-        logits = Projection(FLOAT, (embedding,))  # one matrix in memory, for both ends, and read once
-    else:
-        logits = pack_group(ops, [keep(source.linear("lm_head"))])
-    return Model(source.config, embedding, layers, _norm(source, mode, "model.norm.weight"), logits)
+        return embedding, Projection(FLOAT, (embedding,))  # one matrix in memory, for both ends, and read once
+    return embedding, pack_group(ops, [keep(source.linear("lm_head"))])
 
 
 def _quantized(source: ModelSource, name: str) -> bool:

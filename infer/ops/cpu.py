@@ -124,6 +124,11 @@ class CpuOps:
     def set_threads(self, threads: int | None) -> int:
         return set_threads(threads)
 
+    @property
+    def threads(self) -> int:
+        """Of the process's pool."""
+        return int(self._module.threads())
+
     def pack(self, weight: Weights) -> CpuPacked:
         parts = parts_of(list(weight) if isinstance(weight, Sequence) else [weight])
         natives = tuple(
