@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.data import TokenBatches, load_tokens
+from quantbench.calibrate.job import checkpoint_path
 from quantbench.calibrate.rotated import Turn, model_of
 from quantbench.calibrate.sensitivity import HEAD, estimate_block, quantized_groups
 from quantbench.calibrate.trials import Trials, measure

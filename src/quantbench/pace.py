@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.budget import Option, Selection
+from quantbench.calibrate.job import checkpoint_path
 from quantbench.calibrate.sensitivity import Group
 from quantbench.calibrate.speed import STEPS, Pace, StepTimes
 from quantbench.errors import RequestError

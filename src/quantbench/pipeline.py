@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from quantbench.calibrate.biases import require_biases
-from quantbench.calibrate.blocks import BlockJob, checkpoint_path, finish_checkpoints, quantize_blocks, streams
+from quantbench.calibrate.blocks import finish_checkpoints, quantize_blocks
 from quantbench.calibrate.data import TokenBatches, load_tokens
+from quantbench.calibrate.job import BlockJob, checkpoint_path, streams
 from quantbench.calibrate.rotated import require_rotatable
 from quantbench.errors import RecipeError, unknown
 from quantbench.infer.checkpoint.source import ModelSource, open_model

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantbench.calibrate.blocks import checkpoint_path
 from quantbench.calibrate.data import eval_windows
+from quantbench.calibrate.job import checkpoint_path
 from quantbench.calibrate.prefix import kept_prefix
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.checkpoint.tokenizer import Tokenizer

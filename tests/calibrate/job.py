@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from quantbench.calibrate.blocks import BlockJob, finish_checkpoints, quantize_blocks
+from quantbench.calibrate.blocks import finish_checkpoints, quantize_blocks
 from quantbench.calibrate.data import TokenBatches
+from quantbench.calibrate.job import BlockJob
 from quantbench.calibrate.paddle_forward import PaddleForward
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.models import LINEARS, block_prefix

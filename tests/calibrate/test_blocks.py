@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantbench.calibrate.blocks import BlockJob, checkpoint_path
+from quantbench.calibrate.job import BlockJob, checkpoint_path
 from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.scales.statistics import load

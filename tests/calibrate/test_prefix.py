@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from quantbench.calibrate.apply import fold_block
-from quantbench.calibrate.blocks import BlockJob, checkpoint_path, finish_checkpoints, quantize_blocks
+from quantbench.calibrate.blocks import finish_checkpoints, quantize_blocks
 from quantbench.calibrate.choose import choose_block
 from quantbench.calibrate.data import TokenBatches
+from quantbench.calibrate.job import BlockJob, checkpoint_path
 from quantbench.calibrate.paddle_forward import PaddleForward
 from quantbench.calibrate.prefix import (
     FOLDER,
