@@ -62,10 +62,11 @@ bench-peers: install
 	test -e .peers/smollm2-q8_0.gguf || $(BIN)/python benchmarks/peers/to_gguf.py demo:smollm2 .peers/smollm2-q8_0.gguf Q8_0
 	test -e .peers/smollm2-bf16.gguf || $(BIN)/python benchmarks/peers/to_gguf.py demo:smollm2 .peers/smollm2-bf16.gguf BF16
 
-# its model builder needs torch and transformers: some gigabytes more
+# its model builder needs torch and transformers: some gigabytes more (pip takes torch built for the CPU where its index or
+# PIP_FIND_LINKS has 2.13.0+cpu, else the one with CUDA, which needs 10 GB of disk)
 bench-peers-onnx: install
 	test -x .peers/onnxruntime/bin/python || $(PYTHON) -m venv .peers/onnxruntime
-	.peers/onnxruntime/bin/pip install -q onnxruntime-genai==0.18.0 onnx onnx_ir torch transformers
+	.peers/onnxruntime/bin/pip install -q onnxruntime-genai==0.18.0 onnx==1.23.2 onnx_ir==1.1.0 torch==2.13.0 transformers==5.23.0
 	test -e .peers/smollm2-hf || $(BIN)/python benchmarks/peers/to_hf.py demo:smollm2 .peers/smollm2-hf
 	test -e .peers/smollm2-onnx-int8 || .peers/onnxruntime/bin/python -m onnxruntime_genai.models.builder \
 	  -m .peers/smollm2-hf -o .peers/smollm2-onnx-int8 -p int8 -e cpu -c .peers/cache
