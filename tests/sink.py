@@ -18,9 +18,12 @@ SINK, MARKED = 0, 1  # token 0; tokens 1, 4, 7 …
 HEAD = 16
 
 
-def write_sink_model(folder: Path, **overrides: Any) -> Path:
-    """A float32 qwen2 (q, k and v have biases), 2 layers, tied head; the sink is in layer 0."""
-    write_tiny_model(folder, "qwen2", num_hidden_layers=2, rope_theta=1e10, torch_dtype="float32", **overrides)
+def write_sink_model(folder: Path, family: str = "qwen2", **overrides: Any) -> Path:
+    """A float32 model, 2 layers, tied head; the sink is in layer 0. q, k and v have biases (a qwen2), and o of a llama,
+    which is what a shift needs."""
+    overrides |= {"num_hidden_layers": 2, "rope_theta": 1e10, "torch_dtype": "float32"}
+    overrides |= {"attention_bias": True} if family == "llama" else {}
+    write_tiny_model(folder, family, **overrides)
     file = folder / "model.safetensors"
     tensors = {name: values.astype(np.float32) for name, values in load_file(file).items()}
     _features(tensors["model.embed_tokens.weight"])
@@ -29,6 +32,7 @@ def write_sink_model(folder: Path, **overrides: Any) -> Path:
         for name in ("o_proj", "down_proj"):  # nothing else writes to the channels of the features
             part = "self_attn" if name == "o_proj" else "mlp"
             tensors[f"model.layers.{layer}.{part}.{name}.weight"][:3] = 0
+            tensors.get(f"model.layers.{layer}.{part}.{name}.bias", np.zeros(3))[:3] = 0
     tensors["model.layers.0.self_attn.o_proj.weight"][2, ::HEAD] = -0.31
     gate, up = (tensors[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up"))
     gate[0], up[0] = 0, 0

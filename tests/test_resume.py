@@ -32,14 +32,13 @@ def products(folder: Path) -> int:
 
 
 def kill_after(process: subprocess.Popen[bytes], folder: Path, more: int, delay: float) -> bool:
-    """SIGKILL once `more` new files have appeared and `delay` seconds have passed; False if it ended before."""
+    """SIGKILL once `more` new files have appeared and `delay` seconds have passed; whether that is what ended it."""
     before = products(folder)
     while process.poll() is None:
         if products(folder) >= before + more:
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
+            return process.wait() == -signal.SIGKILL
         time.sleep(0.002)
     return False
 
