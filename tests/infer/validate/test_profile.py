@@ -14,14 +14,23 @@ def engine(tiny_model):
     return engine
 
 
-def test_the_kinds_of_a_step_sum_to_the_step(engine):
+def test_the_kinds_of_a_step_sum_to_the_step(engine, monkeypatch):
+    step, within = engine.step, []
+
+    def timed():
+        start = time.perf_counter()
+        step()
+        within.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(engine, "step", timed)
     start = time.perf_counter()
     profile, operations = profile_steps(engine, 4)
-    wall = (time.perf_counter() - start) / 4
+    wall = time.perf_counter() - start
     assert set(profile) == {*KINDS.values(), OUTSIDE}
     assert operations == {}  # numpy: only times are known
     assert min(profile.values()) > 0
-    assert 0.5 * wall < sum(profile.values()) <= wall
+    assert len(within) == 4
+    assert sum(within) <= 4 * sum(profile.values()) * (1 + 1e-9) <= wall * (1 + 2e-9)
 
 
 def test_time_is_put_to_the_operation_that_took_it(engine):
@@ -33,8 +42,7 @@ def test_time_is_put_to_the_operation_that_took_it(engine):
 
     engine.runner.ops.attention = slow
     profile, _ = profile_steps(engine, 2)
-    assert profile["attention"] > 3 * 0.01  # three layers
-    assert max(profile, key=profile.get) == "attention"
+    assert profile["attention"] > 3 * 0.01  # three layers; other kinds may be held up by other processes
 
 
 def test_the_engine_goes_on_as_before(engine, tiny_model):
