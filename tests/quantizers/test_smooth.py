@@ -3,6 +3,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantbench.errors import RecipeError
 from quantbench.quantizers.activation import quantize_activation
@@ -27,6 +29,21 @@ def test_formula_by_hand() -> None:
     assert factors == pytest.approx([2, 2, 3])
     assert smooth_factors(np.array([16], F32), np.array([4], F32), 1.0) == 16
     assert smooth_factors(np.array([16], F32), np.array([4], F32), 0.0) == pytest.approx(1 / 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_equals_a_slow_version(seed: int, alpha: float) -> None:
+    rng = np.random.default_rng(seed)
+    x, w = np.exp(2 * rng.standard_normal((2, 12))).astype(F32)
+    x[3], w[7] = 0, 0
+    x[5] = 1e4  # one outlier
+    slow = [
+        1.0 if a == 0 or b == 0 else min(max(float(a) ** alpha / float(b) ** (1 - alpha), 2.0**-16), 2.0**16)
+        for a, b in zip(x, w, strict=True)
+    ]
+    assert smooth_factors(x, w, alpha) == pytest.approx(slow, rel=1e-5)
+    assert smooth_factors(np.zeros(12, F32), w, alpha).tolist() == [1] * 12
 
 
 def test_dead_channels_keep_factor_one_and_factors_are_bounded() -> None:

@@ -38,6 +38,24 @@ def test_mse_is_never_worse_than_absmax_in_any_unit(plan: LayerPlan) -> None:
     assert np.all(error["mse"] <= error["absmax"])
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mse_equals_a_slow_version(symmetric: bool) -> None:
+    w = heavy_tailed((3, 64))
+    plan = LayerPlan("w", "int4", "group", 32, symmetric=symmetric, weight_observer="mse")
+    found = weight_range(w, plan)
+    for row, group in np.ndindex(3, 2):
+        x = w[row, 32 * group : 32 * group + 32]
+        tried = []
+        for shrink in np.linspace(1, 0.5, 21).astype(F32):
+            high = max(x.max(), 0) * shrink if not symmetric else np.abs(x).max() * shrink
+            low = min(x.min(), 0) * shrink if not symmetric else -high
+            scale = high / F32(7.5) if symmetric else (high - low) / F32(15)
+            zero = 0 if symmetric else np.rint(-8 - low / scale)
+            codes = np.clip(np.rint(x / scale) + zero, -8, 7)
+            tried.append((float(np.square((codes - zero) * scale - x).sum()), high))
+        assert found.high[row, group] == pytest.approx(min(tried, key=lambda pair: pair[0])[1], rel=1e-6)
+
+
 def test_mse_clips_heavy_tails_of_int4() -> None:
     w = heavy_tailed((32, 512))
     plain = weight_entry(w, LayerPlan("w", "int4", "channel"))
@@ -66,6 +84,22 @@ def test_a_given_range_is_used_as_it_is() -> None:
 def test_relative_loss_of_zeros_is_zero() -> None:
     assert relative_loss(np.zeros(3, F32), np.zeros(3, F32)) == 0
     assert relative_loss(np.array([3, 4], F32), np.array([3, 3], F32)) == pytest.approx(1 / 25)
+
+
+@every
+@pytest.mark.parametrize("observer", ["absmax", "mse"])
+def test_zeros_a_dead_row_and_one_giant(plan: LayerPlan, observer: str) -> None:
+    plan, w = replace(plan, weight_observer=observer), heavy_tailed((140, 256))
+    w[5] = 0
+    w[:, 9] = 0
+    for x in (np.zeros_like(w), w, np.where(np.indices(w.shape).sum(axis=0) == 30, F32(1e4), w)):
+        entry = weight_entry(x, plan)
+        assert np.isfinite(entry.scale).all()
+        assert (entry.scale > 0).all()
+        back = dequantize_weight(quantize_weight(x, entry))
+        assert relative_loss(x, back) <= 0.1
+        assert not back[5, :9].any()
+        assert np.abs(back).max() == pytest.approx(np.abs(x).max(), rel=0.51 if observer == "mse" else 0.07)
 
 
 def test_an_unknown_observer_and_an_absent_granularity_are_refused() -> None:
