@@ -1,4 +1,4 @@
-"""The block loop: observe, decide, apply, hand on; everything a block produces is on disk before the next begins.
+"""The block loop: observe, then settle (decide, write, hand on) while the next block is observed.
 
     for every block:   weights → statistics/ → scales (work/) → checkpoint shard of every variant → hidden states
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,12 @@ from quantbench.calibrate.apply import apply_block
 from quantbench.calibrate.biases import with_biases
 from quantbench.calibrate.choose import choose_block, choose_head
 from quantbench.calibrate.collect import Collect, advance_block, collect_block
-from quantbench.calibrate.data import TokenBatches
 from quantbench.calibrate.diagnosis import Diagnosis, merge_files
-from quantbench.calibrate.forward import BlockForward, Float
+from quantbench.calibrate.forward import Float
 from quantbench.calibrate.hidden import HiddenStates
+from quantbench.calibrate.job import BlockJob, Stream, checkpoint_path, statistics_path, streams, table_folder
 from quantbench.calibrate.prefix import Search, folded, of_model, prefix_for, with_prefix
-from quantbench.calibrate.rotated import Turn, first_hidden, model_of, rotation_table
+from quantbench.calibrate.rotated import first_hidden, model_of, rotation_table
 from quantbench.calibrate.sample import TapSample
 from quantbench.calibrate.simulate import quantized_block
 from quantbench.calibrate.transforms import Block, Reobserve, Sample, hessian_taps
@@ -45,53 +46,11 @@ Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class BlockJob:
-    """What the loop works on. `folder` is the run folder; `batch` samples per calibration batch."""
-
-    folder: Path
-    source: ModelSource
-    forward: BlockForward
-    tokens: TokenBatches
-    variants: dict[str, VariantPlan]
-    batch: int = 8
-    quantized_inputs: bool = False
-    spill_above: int = 1 << 30
-    reuse_statistics: bool = False  # decide again from saved statistics, without running the model
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Variants that see the same inputs. `name` is "" for the stream of the model as it is stored, else the first
-    variant's. `quantized`: blocks see what the quantized block before them puts out."""
-
-    name: str
-    variants: tuple[VariantPlan, ...]
-    model: ModelSource
-    quantized: bool = False
-
-    def folder(self, root: Path) -> Path:
-        return root / self.name if self.name else root
-
-
-@dataclass(frozen=True)
 class Looks:
     """How a decision may look at the block's data again: statistics behind transforms, and rows (None: it may not)."""
 
     reobserve: Reobserve
     sample: Sample | None = None
-
-
-def streams(job: BlockJob) -> list[Stream]:
-    """One stream for every float model and prefix; with quantized inputs, one for each quantized variant."""
-    own = [v for v in job.variants.values() if job.quantized_inputs and any(p.quantized for p in v.layers.values())]
-    plain = (None, "off")
-    shared: dict[tuple[Turn | None, str | tuple[int, ...]], list[VariantPlan]] = {}
-    for variant in job.variants.values():
-        if variant not in own:
-            shared.setdefault((Turn.of(variant), variant.prefix), []).append(variant)
-    models = [("" if made == plain else vs[0].name, tuple(vs), False) for made, vs in shared.items()]
-    models += [(v.name, (v,), True) for v in own]
-    return [Stream(name, vs, model_of(job.source, vs[0]), quantized) for name, vs, quantized in models]
 
 
 def quantize_blocks(job: BlockJob, tick: Tick) -> None:
@@ -102,40 +61,78 @@ def quantize_blocks(job: BlockJob, tick: Tick) -> None:
             tick(f"block {layer}{' of ' + stream.name if stream.name else ''}")
 
 
+@dataclass(frozen=True)
+class Walk:
+    """One stream on its way through the blocks. `job.forward` looks again at a block that is observed already."""
+
+    job: BlockJob
+    stream: Stream
+    prefix: Prefix | None
+    options: Collect
+    writers: Mapping[str, CheckpointWriter]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One block: its weights, what was seen, the hidden states before it, and those behind it, not committed yet."""
+
+    weights: Mapping[str, Float]
+    seen: dict[str, stats.Statistics]
+    hidden: HiddenStates
+    after: HiddenStates
+
+    @property
+    def layer(self) -> int:
+        return self.hidden.layer
+
+
 def observe_and_decide(job: BlockJob, stream: Stream) -> Iterator[int]:
-    """Observe block by block, from the newest committed hidden states on; yields every block as it is done."""
+    """Observe block by block, from the newest committed hidden states on; yields every block as it is settled.
+
+    A block is settled on a thread of its own while the next one is observed, unless that one must see what the settled
+    one puts out. Each side has a forward of its own, so two blocks are in memory.
+    """
     prefix = prefix_of(job, stream.variants[0], stream.model)
-    job = replace(job, forward=job.forward.behind(prefix))
     hidden = start_or_resume(job, stream)
     link_statistics(job, stream)
     yield from range(hidden.layer)
-    options, writers = what_to_observe(job, stream), writers_of(job, stream)
-    for layer in range(hidden.layer, job.source.config.num_layers):
-        weights = stream.model.float_block(layer)
-        seen, after = collect_block(job.forward, layer, weights, hidden, options, advance=not stream.quantized)
-        seen = with_prefix(seen, prefix, layer)
-        stats.save(statistics_path(job, stream, layer), seen)
-        again = partial(observe_again, job, options, weights, hidden, prefix)
-        looks = Looks(again, TapSample(job.forward, layer, weights, hidden))
-        decide_and_write(job, writers, layer, weights, seen, looks)
-        hidden = hand_on(job, writers[stream.name], prefix, hidden) if stream.quantized else after
-        hidden.commit()
-        yield layer
+    forward, again = job.forward.behind(prefix), job.forward.behind(prefix)
+    options = what_to_observe(job, stream)
+    walk = Walk(replace(job, forward=again), stream, prefix, options, writers_of(job, stream))
+    settling: Future[HiddenStates] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for layer in range(hidden.layer, job.source.config.num_layers):
+            weights = stream.model.float_block(layer)
+            seen, after = collect_block(forward, layer, weights, hidden, options, advance=not stream.quantized)
+            if settling:
+                settling.result()
+                yield layer - 1
+            settling = pool.submit(settle, walk, Observed(weights, seen, hidden, after))
+            hidden = settling.result() if stream.quantized else after
+        if settling:
+            settling.result()
+            yield layer
+
+
+def settle(walk: Walk, block: Observed) -> HiddenStates:
+    """Save, decide and write one block, and commit the hidden states that the next one sees; returns them."""
+    job, stream, layer = walk.job, walk.stream, block.layer
+    seen = with_prefix(block.seen, walk.prefix, layer)
+    stats.save(statistics_path(job, stream, layer), seen)
+    looks = Looks(partial(observe_again, walk, block), TapSample(job.forward, layer, block.weights, block.hidden))
+    decide_and_write(job, walk.writers, layer, block.weights, seen, looks)
+    after = hand_on(walk, block) if stream.quantized else block.after
+    after.commit()
+    return after
 
 
 def observe_again(
-    job: BlockJob,
-    options: Collect,
-    weights: Mapping[str, Float],
-    hidden: HiddenStates,
-    prefix: Prefix | None,
-    factors: Mapping[str, Float],
-    shifts: Mapping[str, Float],
+    walk: Walk, block: Observed, factors: Mapping[str, Float], shifts: Mapping[str, Float]
 ) -> dict[str, stats.Statistics]:
     """Statistics of (tap - shift) · factor: a second look at one block, where they cannot be derived."""
-    again = replace(options, taps=tuple({**factors, **shifts}), factors=factors, shifts=shifts)
-    seen = collect_block(job.forward, hidden.layer, weights, hidden, again, advance=False)[0]
-    return with_prefix(seen, prefix, hidden.layer, factors, shifts)
+    again = replace(walk.options, taps=tuple({**factors, **shifts}), factors=factors, shifts=shifts)
+    seen = collect_block(walk.job.forward, block.layer, block.weights, block.hidden, again, advance=False)[0]
+    return with_prefix(seen, walk.prefix, block.layer, factors, shifts)
 
 
 def decide_again(job: BlockJob, stream: Stream) -> Iterator[int]:
@@ -197,12 +194,13 @@ def decide_and_write(
         diagnosis.save(table_folder(job, variant, layer))
 
 
-def hand_on(job: BlockJob, writer: CheckpointWriter, prefix: Prefix | None, hidden: HiddenStates) -> HiddenStates:
+def hand_on(walk: Walk, block: Observed) -> HiddenStates:
     """The hidden states that the quantized block puts out, by simulation with the block just written."""
-    weights, fake = quantized_block(writer.partial_source(), hidden.layer)
-    table = ScaleTable.load(table_folder(job, writer.variant, hidden.layer))
-    forward = job.forward.behind(folded(prefix, table, job.source.config))
-    return advance_block(forward, hidden.layer, weights, hidden, replace=fake)
+    job, writer = walk.job, walk.writers[walk.stream.name]
+    weights, fake = quantized_block(writer.partial_source(), block.layer)
+    table = ScaleTable.load(table_folder(job, writer.variant, block.layer))
+    forward = job.forward.behind(folded(walk.prefix, table, job.source.config))
+    return advance_block(forward, block.layer, weights, block.hidden, replace=fake)
 
 
 def prefix_of(job: BlockJob, variant: VariantPlan, model: ModelSource) -> Prefix | None:
@@ -257,18 +255,6 @@ def head_table(model: ModelSource, variant: VariantPlan) -> ScaleTable:
 def writers_of(job: BlockJob, stream: Stream) -> dict[str, CheckpointWriter]:
     paths = {v.name: checkpoint_path(job.folder, v.name) for v in stream.variants}
     return {v.name: CheckpointWriter(paths[v.name], with_biases(stream.model, v), v) for v in stream.variants}
-
-
-def checkpoint_path(folder: Path, variant: str) -> Path:
-    return folder / "checkpoint" / variant
-
-
-def statistics_path(job: BlockJob, stream: Stream, layer: int) -> Path:
-    return stream.folder(job.folder / "statistics") / f"block_{layer:05d}.safetensors"
-
-
-def table_folder(job: BlockJob, variant: VariantPlan, layer: int) -> Path:
-    return job.folder / "work" / "scales" / variant.name / block_prefix(layer)
 
 
 def seen_by(run: Path, variant: str, table: ScaleTable) -> dict[str, stats.Statistics]:

@@ -91,12 +91,15 @@ class HiddenStates:
         return (slice(i, min(i + size, self.shape[0])) for i in range(0, self.shape[0], size))
 
     def read(self, samples: slice) -> Float:
-        """f32[n, L, D] of a sample range."""
+        """f32[n, L, D] of a sample range that is written, committed or not."""
         if self.values is not None:
             return self.values[samples]
         stride = self.shape[1] * self.shape[2]
-        count = (samples.stop - samples.start) * stride
-        flat = np.fromfile(self._path(), _DISK_TYPE, count, offset=samples.start * stride * _DISK_TYPE.itemsize)
+        count, offset = (samples.stop - samples.start) * stride, samples.start * stride * _DISK_TYPE.itemsize
+        try:
+            flat = np.fromfile(self._partial(), _DISK_TYPE, count, offset=offset)
+        except FileNotFoundError:  # committed, perhaps since the line above
+            flat = np.fromfile(self._path(), _DISK_TYPE, count, offset=offset)
         return flat.reshape(-1, *self.shape[1:]).astype(np.float32, copy=False)
 
     def write(self, start: int, values: Float) -> None:
@@ -112,7 +115,7 @@ class HiddenStates:
             file.write(_on_disk(values))
 
     def commit(self) -> None:
-        """Make these states the durable ones; those of earlier blocks are deleted."""
+        """Make these states the durable ones; those of earlier blocks are deleted, those of later ones may be begun."""
         if self.work is None:
             return
         if self.values is not None:
@@ -121,7 +124,7 @@ class HiddenStates:
         os.replace(self._partial(), self._path())
         sync_to_disk(self.work)
         for old in self.work.glob("hidden_*.f32*"):
-            if old != self._path():
+            if old.name < self._path().name:
                 old.unlink()
 
     def _path(self) -> Path:

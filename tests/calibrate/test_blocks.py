@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quantbench.calibrate.job import BlockJob, checkpoint_path
 from quantbench.errors import CalibrationError
@@ -52,3 +54,18 @@ def test_a_search_runs_in_the_loop_and_needs_the_model(source: ModelSource, tmp_
         CalibrationError, match=r"a search tries its candidates on rows of attn_in, and there is no model"
     ):
         run(tmp_path, source, plan(source, "again", "a8w8", *SEARCH), reuse_statistics=True)
+
+
+def test_what_stops_a_block_from_being_settled_stops_the_run_and_the_blocks_before_stay(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"] *= 1e6  # the next block's forward is finite all the same
+    save_file(weights, model / "model.safetensors")
+    variant = replace(plan(open_model(model), "half", "a8w8"), dtype="float16")
+    with pytest.raises(CalibrationError, match=r"layers\.1\.input_layernorm\.weight: values up to .* overflow float16"):
+        run(tmp_path / "run", open_model(model), variant)
+    assert [p.name for p in (tmp_path / "run" / "work" / "hidden").iterdir()] == ["hidden_00001.f32"]
+    assert {p.name for p in (tmp_path / "run" / "statistics").iterdir()} == {
+        "block_00000.safetensors",
+        "block_00001.safetensors",
+    }

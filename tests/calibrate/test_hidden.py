@@ -99,3 +99,19 @@ def test_a_process_killed_at_any_moment_leaves_whole_states(tmp_path: Path, limi
         hidden = HiddenStates.resume(np.full(64, 32, np.int32), (64, 32, 64), work, limit)
         assert hidden is not None
         np.testing.assert_array_equal(hidden.read(slice(0, 64)), np.float32(hidden.layer))
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20], ids=["spilled", "in memory"])
+def test_the_next_block_reads_and_begins_its_own_before_the_commit(tmp_path: Path, limit: int) -> None:
+    first = HiddenStates.start(states(), LENGTHS, tmp_path, limit)
+    second = first.following()
+    second.write(0, states(1))
+    np.testing.assert_array_equal(second.read(slice(1, 3)), states(1)[1:])
+    third = second.following()
+    third.write(0, states(2))
+    second.commit()
+    np.testing.assert_array_equal(second.read(slice(0, 3)), states(1))
+    np.testing.assert_array_equal(third.read(slice(0, 3)), states(2))
+    third.commit()
+    np.testing.assert_array_equal(third.read(slice(0, 3)), states(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["hidden_00002.f32"]
