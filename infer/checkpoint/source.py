@@ -169,15 +169,21 @@ def open_model(spec: str | Path) -> ModelSource:
     in the local cache. Nothing is downloaded. Raises ModelError (CheckpointError for quantized directories) listing
     every problem: missing or extra tensors, wrong shapes and dtypes, unreadable shards, an unknown architecture.
     """
-    from quantbench.infer.checkpoint import demo, hf, hub
+    text, path = str(spec), Path(spec)  # imported below is what is needed: the gguf library alone takes 70 ms
+    if text.startswith("demo:"):
+        from quantbench.infer.checkpoint import demo, gguf
 
-    text, path = str(spec), Path(spec)
+        return gguf.open_gguf(demo.demo_model(text), name=text)
+    if path.suffix == ".gguf" and path.is_file():
+        from quantbench.infer.checkpoint import gguf
+
+        return gguf.open_gguf(path)
+    from quantbench.infer.checkpoint import hf
+
     if path.is_dir():
         return hf.open_directory(path)
-    if text.startswith("demo:") or (path.suffix == ".gguf" and path.is_file()):
-        from quantbench.infer.checkpoint.gguf import open_gguf  # whose library takes 70 ms to import
+    from quantbench.infer.checkpoint import demo, hub
 
-        return open_gguf(demo.demo_model(text), name=text) if text.startswith("demo:") else open_gguf(path)
     if hub.is_hub_name(text):
         return hf.open_directory(hub.cached_directory(text), name=text)
     raise ModelError(

@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import LinearWeight
+from quantbench.infer.ops import ActSpec, Ops
 from quantbench.quantizers.formats import FORMATS
 from quantbench.quantizers.weight import QuantizedWeight, expand
 from quantbench.vocabulary import DEFAULT_GRANULARITY, FLOAT_DTYPES, GROUP_SIZES, Mode
@@ -27,15 +29,16 @@ def float_dtype(mode: Mode) -> np.dtype[np.generic]:
     return np.dtype(FLOATS[mode.weights if mode.weights in FLOAT_DTYPES else "bfloat16"])
 
 
-def convert(linear: LinearWeight, mode: Mode) -> LinearWeight:
-    """A float linear of a block as `mode` holds it; activations are quantized dynamically, per token.
+def convert(linear: LinearWeight, mode: Mode, ops: Ops | None = None) -> LinearWeight:
+    """A float linear of a block as `mode` holds it; activations are quantized dynamically, per token. `ops`: an
+    op table to round with, for the same codes sooner.
 
     Raises CalibrationError where a weight is NaN or infinite and the mode quantizes it.
     """
     assert isinstance(linear.weight, np.ndarray)
     if mode.weights in FLOAT_DTYPES:
         return cast(linear, float_dtype(mode))
-    weight = round_to_nearest(linear.weight.astype(np.float32), mode.weights)
+    weight = round_to_nearest(linear.weight.astype(np.float32, copy=False), mode.weights, ops)
     return LinearWeight(linear.name, weight, linear.bias, mode.activations)
 
 
@@ -46,9 +49,11 @@ def cast(linear: LinearWeight, dtype: np.dtype[np.generic]) -> LinearWeight:
     return LinearWeight(linear.name, linear.weight.astype(dtype, copy=False), bias)
 
 
-def round_to_nearest(w: F32, format: str) -> QuantizedWeight:
+def round_to_nearest(w: F32, format: str, ops: Ops | None = None) -> QuantizedWeight:
     """`w` [N, K] in `format` at its default granularity, symmetric, each range its absmax."""
     granularity = DEFAULT_GRANULARITY[format]
+    if ops is not None and (format, granularity) == ("int8", "channel") and (found := _by_rows(w, ops)) is not None:
+        return found
     group = next((g for g in sorted(GROUP_SIZES, reverse=True) if w.shape[1] % g == 0), None)
     if granularity == "group" and group is None:
         granularity = "channel"
@@ -58,6 +63,18 @@ def round_to_nearest(w: F32, format: str) -> QuantizedWeight:
     shape = (w.shape[0], w.shape[1])
     codes = FORMATS[format].encode(w, expand(scale, granularity, shape, group))
     return QuantizedWeight(format, granularity, codes, scale, None, group)
+
+
+def _by_rows(w: F32, ops: Ops) -> QuantizedWeight | None:
+    """int8 per channel is what `ops` does to activations per token: rows are rows. None where one is not finite, which
+    is said in the words for a weight by the way that numpy takes."""
+    try:
+        rows = ops.quantize(np.ascontiguousarray(w), ActSpec("int8"))
+    except CalibrationError:
+        return None
+    assert rows.codes is not None
+    assert rows.scale is not None
+    return QuantizedWeight("int8", "channel", rows.codes, rows.scale[:, None])
 
 
 def _absmax(w: F32, granularity: str, group: int | None) -> F32:

@@ -26,7 +26,7 @@ MOST_WORKERS = 8  # memory of as many blocks beside the packed ones
 
 def load_model(source: ModelSource, ops: Ops, mode: Mode | None) -> Model:
     """All weights packed for `ops`. `mode` None: as stored; a mode: the float source converted to it."""
-    workers = min(ops.threads, MOST_WORKERS) if isinstance(ops, CpuOps) else 1
+    workers = min(ops.threads, MOST_WORKERS) if isinstance(ops, CpuOps) else 1  # other tables take one thread
     with ThreadPoolExecutor(workers) as pool:
         ends = pool.submit(_load_ends, source, ops, mode)  # the largest first
         layers = tuple(pool.map(lambda layer: _load_layer(source, ops, mode, layer), range(source.config.num_layers)))
@@ -81,10 +81,11 @@ def _keeper(mode: Mode | None) -> Convert:
 
 def _load_layer(source: ModelSource, ops: Ops, mode: Mode | None, layer: int) -> Layer:
     prefix = block_prefix(layer)
+    rounds = ops if isinstance(ops, CpuOps) else None
     groups: dict[str, list[LinearWeight]] = {}
     for line in LINEARS:
         linear = source.linear(f"{prefix}.{line.name}")
-        groups.setdefault(line.fused, []).append(linear if mode is None else convert(linear, mode))
+        groups.setdefault(line.fused, []).append(linear if mode is None else convert(linear, mode, rounds))
     packed = {name: pack_group(ops, linears) for name, linears in groups.items()}
 
     def norm(name: str) -> F32:

@@ -17,15 +17,24 @@ constexpr int64_t kBlock = int64_t(16) << 20;  // shared by small weights; what 
 
 int64_t rounded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+// Mapped, not from the heap: what the heap hands out again is memory of small pages, and slower for as long as it is used.
+std::shared_ptr<void> block_of(int64_t size) {
+    size_t mapped = size_t(rounded(size, kHuge) + kHuge);
+    void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    auto* aligned = reinterpret_cast<uint8_t*>(uintptr_t(rounded(int64_t(reinterpret_cast<uintptr_t>(p)), kHuge)));
+    // whole pages only: the rest of the last one would be memory nobody uses. A refusal leaves small pages, which work.
+    (void)madvise(aligned, size_t(size / kHuge * kHuge), MADV_HUGEPAGE);
+    return {aligned, [p, mapped](void*) { (void)munmap(p, mapped); }};
+}
+#else
 std::shared_ptr<void> block_of(int64_t size) {
     void* p = std::aligned_alloc(size_t(kHuge), size_t(rounded(size, kHuge)));
     if (!p) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // whole pages only: the rest of the last one would be memory nobody uses. A refusal leaves small pages, which work.
-    (void)madvise(p, size_t(size / kHuge * kHuge), MADV_HUGEPAGE);
-#endif
     return {p, std::free};
 }
+#endif
 
 struct Shared {
     std::mutex mutex;

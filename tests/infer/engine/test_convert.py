@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantbench.errors import CalibrationError
 from quantbench.infer.checkpoint.source import LinearWeight
 from quantbench.infer.engine import Engine
 from quantbench.infer.engine.convert import cast, convert, float_dtype, round_to_nearest
+from quantbench.infer.ops import load_ops
 from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight
 from quantbench.vocabulary import parse_mode
 
@@ -47,6 +49,23 @@ def test_integers_are_off_by_half_a_step_at_most(rows: int, columns: int, format
     error = np.abs(dequantize_weight(q) - w)
     clipped = w / step > (127 if format == "int8" else 7)
     assert (error <= 0.5001 * step)[~clipped].all()
+
+
+@given(st.integers(1, 6), st.integers(1, 70), st.integers(0, 99), st.sampled_from([1e-39, 1e-3, 1.0, 1e30]))
+def test_kernels_round_as_numpy_does(rows: int, columns: int, seed: int, size: float) -> None:
+    w = weight(rows, columns, seed) * np.float32(size)
+    w[0, 0] = 0.0
+    native, plain = round_to_nearest(w, "int8", load_ops("cpu")), round_to_nearest(w, "int8")
+    assert native.codes.tobytes() == plain.codes.tobytes()
+    assert native.scale.tobytes() == plain.scale.tobytes()
+    assert native.scale.shape == plain.scale.shape
+
+
+def test_a_weight_that_is_not_finite_is_called_a_weight() -> None:
+    w = weight(3, 64)
+    w[1, 2] = np.nan
+    with pytest.raises(CalibrationError, match="int8: a range is NaN"):
+        round_to_nearest(w, "int8", load_ops("cpu"))
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
