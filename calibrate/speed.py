@@ -1,11 +1,12 @@
 """What each group of linears costs in time, measured on this machine: decode steps of whole models, timed in turn.
 
 Every candidate is loaded as a checkpoint of its own and one engine decodes. A visit gives the engine a model that is
-the first candidate in everything but one kind of group (q/k/v of all blocks, say), which it has from another one; the
-visits follow one another in every round, each beside one to the first candidate alone. The difference of two median
-steps, over the number of groups that differ, is what one such group costs more (or less). It includes what belongs to
-the group: quantizing its input, and how far its weights push others out of the caches. All that no choice changes
-(attention, norms, the scheduler, sampling) is in the step of the first candidate.
+the first candidate in everything but one kind of group (q/k/v of all blocks, say), which it has from another one; it
+stands beside a visit to the first candidate alone, now before it and now behind it. What counts is the median ratio of
+such pairs: whatever slows the machine for longer than two visits slows both. What a ratio is above or below 1, of the
+first candidate's median step and over the number of groups that differ, is what one such group costs more or less. It
+includes what belongs to the group: quantizing its input, and how far its weights push others out of the caches. All
+that no choice changes (attention, norms, the scheduler, sampling) is in the step of the first candidate.
 
 The sum of these differences is the forecast of any mixture; `step_of` measures a mixture itself, to compare.
 """
@@ -38,6 +39,15 @@ class StepTimes:
     base: str
     base_s: float
     extra_s: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one figure over rounds."""
+
+    median: float
+    least: float
+    most: float
 
 
 class Pace:
@@ -76,27 +86,29 @@ class Pace:
         asked = [(kind, c) for kind in self.kinds for c in self.candidates[1:]]
         counts = {(k, c): sum(g.fused == k and differ(c, g) for g in self.groups) for k, c in asked}
         base: list[float] = []
-        beyond: dict[tuple[str, str], list[float]] = {pair: [] for pair in asked}
-        for _ in range(ROUNDS):
+        ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in asked}
+        for number in range(ROUNDS):
             base.append(self._visit(self._models[self.base]))
             tick()
             for kind, candidate in asked:
                 if counts[kind, candidate]:
                     labels = {g.name: candidate for g in self.groups if g.fused == kind}
-                    beyond[kind, candidate].append(self._visit(self.mixed(labels)) - base[-1])
+                    alone, mixed = self._pair(self.mixed(labels), number)
+                    base.append(alone)
+                    ratios[kind, candidate].append(mixed / alone)
                 tick()
         extra: dict[str, dict[str, float]] = {kind: {self.base: 0.0} for kind in self.kinds}
-        for (kind, candidate), found in beyond.items():
-            extra[kind][candidate] = median(found) / counts[kind, candidate] if found else 0.0
+        for (kind, candidate), found in ratios.items():
+            beyond = (median(found) - 1) * median(base) if found else 0.0
+            extra[kind][candidate] = beyond / max(counts[kind, candidate], 1)
         return StepTimes(self.base, median(base), extra)
 
-    def step_of(self, labels: Labels) -> float:
-        """Seconds of a decode step of a mixture: the base's median step, and what it took beyond that in turn."""
-        base, beyond = [], []
-        for _ in range(ROUNDS):
-            base.append(self._visit(self._models[self.base]))
-            beyond.append(self._visit(self.mixed(labels)) - base[-1])
-        return median(base) + median(beyond)
+    def step_of(self, labels: Labels, base_s: float) -> Spread:
+        """Seconds of a decode step of a mixture: how many steps of the base it takes in turn with it, times `base_s`,
+        the base's step that a forecast was made from."""
+        pairs = [self._pair(self.mixed(labels), number) for number in range(ROUNDS)]
+        steps = [mixed / alone * base_s for alone, mixed in pairs]
+        return Spread(median(steps), min(steps), max(steps))
 
     def mixed(self, labels: Labels) -> Model:
         """The base with every group in `labels` as the candidate it names has it."""
@@ -111,6 +123,14 @@ class Pace:
                 change: dict[str, Any] = {group.fused: getattr(model.layers[group.layer], group.fused)}
                 layers[group.layer] = replace(layers[group.layer], **change)
         return replace(base, layers=tuple(layers), head=head)
+
+    def _pair(self, model: Model, number: int) -> tuple[float, float]:
+        """A visit to the base and one to `model`, in the order of the round `number`."""
+        base = self._models[self.base]
+        if number % 2:
+            mixed = self._visit(model)
+            return self._visit(base), mixed
+        return self._visit(base), self._visit(model)
 
     def _visit(self, model: Model) -> float:
         """Median seconds of the decode steps of one visit."""

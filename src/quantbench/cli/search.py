@@ -129,7 +129,9 @@ def search(
     rows = [row_of("", columns, p) for p in thinned(points)] + [row_of("*", columns, result)]
     print_rows(["", *columns, "groups"], rows)
     if "measured_tokens_per_s" in result:
-        typer.echo(f"measured together: {result['measured_tokens_per_s']:.4g} tokens/s at batch {batch}")
+        least, most = result["measured_least"], result["measured_most"]
+        told = f"{result['measured_tokens_per_s']:.4g} ({least:.4g} to {most:.4g}) tokens/s"
+        typer.echo(f"measured together: {told} at batch {batch}")
     typer.echo(f"{output}: run it with `quantbench calibrate {output}`")
 
 
@@ -165,8 +167,13 @@ def within_time(
 
     options = costs.options(losses)
     chosen = choose(options, budget - costs.fixed_ns, costs.refusal)
-    measured = speed.batch / pace.step_of(chosen.labels)
-    return chosen, told(chosen) | {"measured_tokens_per_s": measured}, [told(point) for point in front(options)]
+    step = pace.step_of(chosen.labels, costs.times.base_s)
+    measured = {
+        "measured_tokens_per_s": speed.batch / step.median,
+        "measured_least": speed.batch / step.most,
+        "measured_most": speed.batch / step.least,
+    }
+    return chosen, told(chosen) | measured, [told(point) for point in front(options)]
 
 
 def listed(text: str | None) -> list[str]:
