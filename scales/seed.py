@@ -47,7 +47,9 @@ def write_seed_tables(directory: Path, table: ScaleTable, family_name: str, quer
     """Writes all three files, `{}` where a table is empty, each atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, values in seed_tables(table, family_name, queries_per_kv_head).items():
-        write_atomically(directory / name, json.dumps(values, indent=1).encode() + b"\n")
+        # A line per module. json's own `indent` would write a line per number, twenty times as slowly.
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        write_atomically(directory / name, ("{" + ",\n ".join(lines) + "}\n").encode())
 
 
 def _module(name: str, family_name: str) -> str:

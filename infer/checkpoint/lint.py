@@ -20,6 +20,7 @@ from quantbench.infer.checkpoint.record import RecordedStore
 from quantbench.infer.checkpoint.shard import Array
 from quantbench.infer.checkpoint.source import F32, ModelSource, open_model
 from quantbench.infer.models import LINEARS, block_prefix
+from quantbench.quantizers.finite import count_not_finite
 from quantbench.quantizers.formats import E4M3, FORMATS
 from quantbench.quantizers.weight import QuantizedWeight, expand
 from quantbench.scales.lint import Finding
@@ -57,7 +58,7 @@ def _not_finite(source: ModelSource) -> Iterator[Finding]:
         if values.dtype == E4M3:
             bad = int((values.view(np.uint8) & _SIGNLESS == _NAN).sum())
         elif values.dtype in FLOATS:
-            bad = int(values.size - np.isfinite(values).sum())
+            bad = count_not_finite(values)
         if bad:
             yield Finding("error", name, f"{bad} of {values.size} values are NaN or infinite")
 

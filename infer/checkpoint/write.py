@@ -31,6 +31,7 @@ from quantbench.infer.checkpoint.shard_writer import sync_to_disk, write_shard
 from quantbench.infer.checkpoint.source import ModelSource, Quantization
 from quantbench.infer.checkpoint.tensors import linear_tensors
 from quantbench.infer.models import block_prefix, outer_tensors
+from quantbench.quantizers.finite import count_not_finite
 from quantbench.quantizers.weight import quantize_weight
 from quantbench.scales.seed import write_seed_tables
 from quantbench.scales.table import ScaleTable, write_atomically
@@ -147,7 +148,7 @@ class CheckpointWriter:
         if array.shape != shape:
             problems.append(f"tensor {name} has shape {list(array.shape)}, expected {list(shape)}")
         if dtype == np.float32:
-            if not np.isfinite(array.astype(np.float32, copy=False)).all():
+            if count_not_finite(array):
                 problems.append(f"tensor {name} has values that are NaN or infinite as {array.dtype.name}")
         elif array.dtype != dtype:
             problems.append(f"tensor {name} is {array.dtype.name}, expected {dtype.name}")
@@ -159,7 +160,7 @@ class CheckpointWriter:
         for name in outer_tensors(self._config):
             plan = self._quantization.layers.get(name.removesuffix(".weight"))
             if plan is None:
-                found[name] = self.source.read(name)
+                found[name] = self._as_stored(name, self.source.read(name))  # now: the float32 array is let go
                 continue
             weight = quantize_weight(self.source.float_tensor(name), table[name])
             scale = float(table["lm_head.input"].scale[0]) if plan.activations and not plan.dynamic else None

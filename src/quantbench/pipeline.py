@@ -182,9 +182,9 @@ def quantize(run: Run, tokens: TokenBatches, options: Options, progress: Progres
     give_freed_memory_back()  # what the text took
     with one_thread_per_product():
         quantize_blocks(job, lambda _: progress.advance())
-    give_freed_memory_back()  # what the blocks took, before the embedding is read
-    progress.stage("write checkpoints", len(run.plan.variants))
-    finish_checkpoints(job, lambda _: progress.advance())
+        give_freed_memory_back()  # what the blocks took, before the embedding is read
+        progress.stage("write checkpoints", len(run.plan.variants))
+        finish_checkpoints(job, lambda _: progress.advance())
 
 
 def report(run: Run, progress: Progress) -> dict[str, Any]:
