@@ -23,6 +23,7 @@ modes:
   - {{name: all, mode: a8w8c8, transforms: [shift, smooth, kv_smooth, clip, bias_correction]}}
   - {{name: rotated, mode: a8w8, transforms: [rotate, shift, {{smooth: {{targets: [down_in]}}}}, bias_correction]}}
   - {{name: int4, mode: weight_only_int4, transforms: [{{awq: {{steps: 4}}}}, {{clip: {{steps: 8}}}}]}}
+  - {{name: pieces, mode: a8w8, transforms: [{{piecewise: {{pieces: 2}}}}], method: rtn}}
   - {{name: cache, mode: bf16c8, transforms: [kv_smooth]}}
 method: gptq
 calibration: {{data: "python:topics", samples: 8, length: 48, batch: 4}}
@@ -32,7 +33,7 @@ throughput: off
 parity: {{tokens: 63}}
 output: {output}
 """
-VARIANTS = ("all", "rotated", "int4", "cache")
+VARIANTS = ("all", "rotated", "int4", "pieces", "cache")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def logits(source: ModelSource, table: ScaleTable) -> np.ndarray:
     return forward.head(hidden[0])
 
 
-@pytest.mark.parametrize("variant", ["all", "int4", "cache"])
+@pytest.mark.parametrize("variant", ["all", "int4", "pieces", "cache"])
 def test_the_transforms_leave_the_float_models_logits_unchanged(finished: Path, tiny_model: Path, variant: str) -> None:
     source, table = open_model(str(tiny_model)), ScaleTable.load(finished / "scales" / variant)
     assert any(e.name.startswith(block_prefix(0)) and e.kind == "transform" for e in table)
