@@ -2,14 +2,16 @@
 
     python benchmarks/cpu.py MODEL --threads 1,2 [--rounds 3] [--profile] [--json FILE]
 
-MODEL is a float model (a HF directory, GGUF file, hub or demo name). Measured are prefill of 512 tokens and decoding at
-batches of 1, 8 and 16, for a8w8 and weight_only_int4 with the head held as int8 (what the recipe rule `{match: lm_head,
-mode: weight_only_int8}` writes, and what every peer's int8 file has) and for bf16, all rounded to nearest at load.
-Modes and peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those of the
-rounds, shown with their extremes. CPU time per token hardly changes where other processes compete.
+MODEL is a float model (a HF directory, GGUF file, hub or demo name). It is rounded to nearest and written as
+checkpoints: a8w8 and weight_only_int4 with the head held as int8 (what every peer's int8 file has), and bf16. Measured
+are prefill of 512 tokens and decoding at batches of 1, 8 and 16; load time and memory, in fresh processes
+(footprint.py); and an int8 KV cache beside a float one at a long context, step by step (quantized_cache.py). Modes and
+peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those of the rounds,
+shown with their extremes. CPU time per token hardly changes where other processes compete.
 
 A peer (`--peer "NAME=COMMAND {threads}"`) is a command that prints one JSON object, {"prefill": tokens/s, "decode":
-{"1": tokens/s, ...}, "cpu_ms": {"prefill": ms per token, "b1": ...}}, and runs in an environment of its own. Those that
+{"1": tokens/s, ...}, "cpu_ms": {"prefill": ms per token, "b1": ...}, "load_s": seconds, "peak_rss_mb": megabytes}, the
+last three if it can, and runs in an environment of its own. Those that
 `make bench-peers` put into .peers/ are found by themselves; their models are SmolLM2-135M, so MODEL should be
 demo:smollm2.
 """
@@ -22,27 +24,31 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import footprint
+import quantized_cache
+from rounded import rounded
+
 from quantbench.errors import QuantbenchError
+from quantbench.infer.checkpoint.source import open_model
 from quantbench.infer.engine import Engine, Request, SamplingParams
-from quantbench.infer.engine.convert import convert
-from quantbench.infer.engine.weights import pack_group
 from quantbench.infer.ops.cpu import load_kernels, set_threads
 from quantbench.infer.validate.machine import cpu_model
 from quantbench.infer.validate.profile import profile_steps
-from quantbench.vocabulary import parse_mode
 
 PROMPT = 512
 SHORT = 32  # prompt of a decode measurement
 PATIENCE = 180  # seconds that a peer may take
 PROFILED = 16  # steps of a profile
-HEADED = "+head"  # a mode so marked holds its head as int8
+CONTEXT = 1024  # at which caches are compared
 MODES = ("a8w8+head", "bf16", "weight_only_int4+head")
+CACHES = ("a8w8+head", "a8w8c8+head")  # the same weights, a float and an int8 cache
 PEERS = {  # under .peers/: environment, script, model
     "llama.cpp Q8_0": ("llama.cpp", "llama_cpp_peer.py", "smollm2-q8_0.gguf"),
     "llama.cpp BF16": ("llama.cpp", "llama_cpp_peer.py", "smollm2-bf16.gguf"),
@@ -61,17 +67,13 @@ class Sample:
     gop: float = 0.0
 
 
+Footprint = footprint.Footprint
 Samples = dict[str, Sample]  # column ("prefill", "b1", "b8", …) -> sample
 
 
-def load(model: str, mode: str) -> Engine:
-    """`model` in `mode`; where it is marked so, the head is packed again as int8."""
-    engine = Engine.load(model, mode.removesuffix(HEADED), cache_tokens=16 * PROMPT, prefix_reuse=False)
-    if mode.endswith(HEADED):
-        head = convert(engine.source.linear("lm_head"), parse_mode("weight_only_int8"))
-        runner = engine.runner
-        runner.model = replace(runner.model, head=pack_group(runner.ops, [head]))
-    return engine
+def load(checkpoint: Path, length: int = PROMPT) -> Engine:
+    """Room for 16 sequences of `length` tokens."""
+    return Engine.load(checkpoint, cache_tokens=16 * length, prefix_reuse=False)
 
 
 def timed(work: Callable[[], int]) -> tuple[int, float, float]:
@@ -109,8 +111,8 @@ def decode(engine: Engine, batch: int, steps: int) -> Sample:
     return Sample(tokens / clock, cpu / tokens * 1e3, gb, engine.operations_per_token(context) / 1e9)
 
 
-def run_peer(command: str, threads: int) -> Samples | str:
-    """What a peer's command prints, or why it has nothing to show."""
+def run_peer(command: str, threads: int) -> tuple[Samples, Footprint] | str:
+    """What a peer's command prints, and of it what is said of load and memory; or why it has nothing to show."""
     words = shlex.split(command.replace("{threads}", str(threads)))
     if not words or shutil.which(words[0]) is None:
         return f"{words[0] if words else 'its command'} is not installed"
@@ -124,16 +126,19 @@ def run_peer(command: str, threads: int) -> Samples | str:
         found = json.loads(done.stdout)
         rates = {"prefill": found["prefill"]} | {f"b{batch}": rate for batch, rate in found["decode"].items()}
         spent = found.get("cpu_ms", {})
-        return {column: Sample(float(rate), float(spent.get(column, 0))) for column, rate in rates.items()}
+        samples = {column: Sample(float(rate), float(spent.get(column, 0))) for column, rate in rates.items()}
+        return samples, {key: float(found[key]) for key in ("load_s", "peak_rss_mb") if key in found}
     except (ValueError, KeyError, TypeError, AttributeError) as reason:
         return f'it did not print {{"prefill": …, "decode": {{…}}}} ({reason!r})'
 
 
 def measure(
     engines: dict[str, Engine], peers: dict[str, str], threads: int, options: argparse.Namespace
-) -> dict[str, list[Samples]]:
-    """Samples of every round, after one that is thrown away. A peer that fails is said so once and left out."""
+) -> tuple[dict[str, list[Samples]], dict[str, list[Footprint]]]:
+    """Samples of every round, after one that is thrown away, and footprints of peers. A peer that fails is said so once
+    and left out."""
     found: dict[str, list[Samples]] = {name: [] for name in engines}
+    prints: dict[str, list[Footprint]] = {}
     absent: set[str] = set()
     for number in range(options.rounds + 1):
         for name, engine in engines.items():
@@ -149,8 +154,9 @@ def measure(
                 absent.add(name)
                 print(f"peer {name}: skipped: {result}")
             else:
-                found.setdefault(name, []).append(result)
-    return found
+                found.setdefault(name, []).append(result[0])
+                prints.setdefault(name, []).append(result[1])
+    return found, prints
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -246,27 +252,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run(checkpoints: dict[str, Path], peers: dict[str, str], options: argparse.Namespace) -> None:
+    """Every table, and the JSON file after each thread count."""
+    modes = options.modes.split(",")
+    visits = {m: [footprint.visit(checkpoints[m], max(options.threads)) for _ in range(options.rounds)] for m in modes}
+    footprint.show(visits)
+    report: dict[str, object] = {"cpu": cpu_model(), "footprints": visits}
+    rows, caches, prints = [], [], {}
+    engines = {mode: load(checkpoints[mode]) for mode in modes}
+    pair = [load(checkpoints[name], 2 * CONTEXT) for name in CACHES]
+    columns = ["prefill", *(f"b{b}" for b in options.batches)]
+    for threads in options.threads:
+        set_threads(threads)
+        ceilings, isa = load_kernels().ceilings(threads), load_kernels().isa()
+        limits = ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items())
+        print(f"\n== {cpu_model()}, {isa}, {threads} thread(s), {options.rounds} rounds; ceilings: {limits}")
+        found, prints[str(threads)] = measure(engines, peers, threads, options)
+        show(found, ceilings, columns)
+        footprint.show_peers(prints[str(threads)])
+        compared = [quantized_cache.compare(*pair, batch, CONTEXT, options.steps) for batch in (1, 16)]
+        quantized_cache.show(compared)
+        rows += as_rows(found, threads, isa, ceilings)
+        caches += [{"threads": threads, **asdict(pairs)} for pairs in compared]
+        if options.profile:
+            show_profiles(engines)
+        if options.json:
+            report |= {"rows": rows, "caches": caches, "peer_footprints": prints}
+            options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     peers = {} if options.no_peers else installed_peers()
     peers |= dict(peer.partition("=")[::2] for peer in options.peer)
-    rows: list[dict[str, object]] = []
     try:
-        engines = {mode: load(options.model, mode) for mode in options.modes.split(",")}
-        for threads in options.threads:
-            set_threads(threads)
-            ceilings = load_kernels().ceilings(threads)
-            isa = load_kernels().isa()
-            limits = ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items())
-            print(f"\n== {cpu_model()}, {isa}, {threads} thread(s), {options.rounds} rounds; ceilings: {limits}")
-            columns = ["prefill", *(f"b{b}" for b in options.batches)]
-            found = measure(engines, peers, threads, options)
-            show(found, ceilings, columns)
-            rows += as_rows(found, threads, isa, ceilings)
-            if options.profile:
-                show_profiles(engines)
-            if options.json:
-                options.json.write_text(json.dumps({"cpu": cpu_model(), "rows": rows}, indent=1) + "\n", "utf-8")
+        with tempfile.TemporaryDirectory(prefix="quantbench-cpu-") as place:
+            names = dict.fromkeys((*options.modes.split(","), *CACHES))
+            source = open_model(options.model)
+            run({name: rounded(source, name, Path(place)) for name in names}, peers, options)
     except QuantbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import sys
 import time
 
 import llama_cpp as lc
+from memory import peak_rss_mb
 
 PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 2
 
@@ -73,14 +74,16 @@ def timed(run, tokens: int) -> tuple[float, float]:  # type: ignore[no-untyped-d
 def main() -> None:
     path, threads = sys.argv[1], int(sys.argv[2])
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 32
+    clock = time.perf_counter()
     session = Session(path, threads)
+    loaded = time.perf_counter() - clock
     prefill(session)
     best = {"prefill": max(prefill(session) for _ in range(ROUNDS))}
     best |= {f"b{b}": max(steps(session, b, count) for _ in range(ROUNDS)) for b in BATCHES}
     print(json.dumps({
         "prefill": best["prefill"][0],
         "decode": {str(b): best[f"b{b}"][0] for b in BATCHES},
-        "cpu_ms": {column: ms for column, (_, ms) in best.items()},
+        "cpu_ms": {column: ms for column, (_, ms) in best.items()}, "load_s": loaded, "peak_rss_mb": peak_rss_mb(),
     }))  # fmt: skip
 
 

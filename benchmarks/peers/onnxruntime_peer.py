@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import onnxruntime_genai as og
+from memory import peak_rss_mb
 
 PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 2
 
@@ -41,7 +42,9 @@ def main() -> None:
     config = og.Config(path)
     options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    clock = time.perf_counter()
     model = og.Model(config)
+    loaded = time.perf_counter() - clock
     run(model, prompts(1, PROMPT), 1)
     clock, cpu, _, _ = min(run(model, prompts(1, PROMPT), 1) for _ in range(ROUNDS))
     rate, spent = {"prefill": PROMPT / clock}, {"prefill": cpu / PROMPT * 1e3}
@@ -51,6 +54,7 @@ def main() -> None:
         rate[f"b{batch}"], spent[f"b{batch}"] = batch * count / clock, cpu / (batch * count) * 1e3
     print(json.dumps({
         "prefill": rate["prefill"], "decode": {str(b): rate[f"b{b}"] for b in BATCHES}, "cpu_ms": spent,
+        "load_s": loaded, "peak_rss_mb": peak_rss_mb(),
     }))  # fmt: skip
 
 

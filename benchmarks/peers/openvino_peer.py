@@ -14,6 +14,7 @@ import time
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
+from memory import peak_rss_mb
 
 PROMPT, SHORT, BATCHES, ROUNDS = 512, 32, (1, 8, 16), 2
 
@@ -35,7 +36,9 @@ def seconds(pipe: genai.LLMPipeline, prompt: genai.TokenizedInputs, tokens: int)
 def main() -> None:
     path, threads = sys.argv[1], int(sys.argv[2])
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 32
+    clock = time.perf_counter()
     pipe = genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+    loaded = time.perf_counter() - clock
     rate, spent = {}, {}
     seconds(pipe, inputs(1, PROMPT), 1)
     clock, cpu = min(seconds(pipe, inputs(1, PROMPT, n), 1) for n in range(1, ROUNDS + 1))
@@ -49,6 +52,7 @@ def main() -> None:
         spent[f"b{batch}"] = (whole[1] - first[1]) / (batch * count) * 1e3
     print(json.dumps({
         "prefill": rate["prefill"], "decode": {str(b): rate[f"b{b}"] for b in BATCHES}, "cpu_ms": spent,
+        "load_s": loaded, "peak_rss_mb": peak_rss_mb(),
     }))  # fmt: skip
 
 

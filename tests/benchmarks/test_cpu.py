@@ -20,6 +20,7 @@ def cpu() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent))  # as where it runs as a script
     spec.loader.exec_module(module)
     return module
 
@@ -30,7 +31,12 @@ def printing(text: str) -> str:
 
 def test_what_a_peer_prints(cpu: ModuleType) -> None:
     found = cpu.run_peer(printing(json.dumps({"prefill": 5, "decode": {"1": 2.5}, "cpu_ms": {"b1": 7}})), 2)
-    assert found == {"prefill": cpu.Sample(5.0), "b1": cpu.Sample(2.5, 7.0)}
+    assert found == ({"prefill": cpu.Sample(5.0), "b1": cpu.Sample(2.5, 7.0)}, {})
+
+
+def test_what_a_peer_says_of_load_and_memory(cpu: ModuleType) -> None:
+    found = cpu.run_peer(printing(json.dumps({"prefill": 5, "decode": {}, "load_s": 0.5, "peak_rss_mb": 300})), 2)
+    assert found == ({"prefill": cpu.Sample(5.0)}, {"load_s": 0.5, "peak_rss_mb": 300.0})
 
 
 @pytest.mark.parametrize(
