@@ -84,18 +84,21 @@ def _round_columns(w: F64, feedback: F64, grid: _Grid) -> Array:
 
 
 def _feedback(hessian: F64, name: str, damping: tuple[float, ...]) -> F64:
-    """U^T of the damped H = U D U^T, unit lower triangular. An input that is always zero gets 1 on the diagonal."""
+    """U^T of the damped H = U D U^T, unit lower triangular. An input that is always zero gets 1 on the diagonal.
+
+    The damping is added to `hessian` itself: of a wide layer it is larger than everything else, and needed no more.
+    """
     diagonal = np.diagonal(hessian).copy()
     diagonal[diagonal == 0] = 1.0
     for share in damping:
-        damped = hessian.copy()
-        np.fill_diagonal(damped, diagonal + share * diagonal.mean())
+        np.fill_diagonal(hessian, diagonal + share * diagonal.mean())
         try:
-            # Reversed in both directions, the lower factor of the reversed matrix is the upper factor of the matrix.
-            upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            lower = np.linalg.cholesky(hessian[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
-        return np.ascontiguousarray((upper / np.diagonal(upper)).T)
+        lower /= np.diagonal(lower)
+        # Reversed in both directions, the lower factor of the reversed matrix is the upper factor of the matrix.
+        return np.ascontiguousarray(lower[::-1, ::-1].T)
     raise CalibrationError(
         f"{name}: the Hessian of its input is not positive definite even with {damping[-1]:.0%} damping; "
         "calibrate with more tokens, or use method rtn for this layer"

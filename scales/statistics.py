@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize_arrays
+from safetensors.numpy import save_file
 
 from quantbench.errors import CalibrationError
 from quantbench.scales.arrays import F32, F64, I64, Array
-from quantbench.scales.table import write_atomically
+from quantbench.scales.table import replacing
 
 BINS = 2048
 _SMALLEST_LIMIT = np.float32(2.0**-100)  # keeps the bin width far from the subnormal numbers
@@ -141,6 +141,9 @@ def scaled(s: Statistics, factor: F32) -> Statistics:
     wide = factor.astype(np.float64)
     channel_absmax = (s.channel_absmax * factor).astype(np.float32)
     absmax = channel_absmax.reshape(s.rows, -1).max(axis=1)
+    hessian = None if s.hessian is None else s.hessian * wide[:, None]
+    if hessian is not None:
+        hessian *= wide
     return dataclasses.replace(
         s,
         minimum=-absmax,
@@ -151,7 +154,7 @@ def scaled(s: Statistics, factor: F32) -> Statistics:
         limit=limit_of(absmax),
         channel_absmax=channel_absmax,
         channel_sum=s.channel_sum * wide,
-        hessian=None if s.hessian is None else s.hessian * wide[:, None] * wide[None, :],
+        hessian=hessian,
         live={},
     )
 
@@ -174,7 +177,8 @@ def save(path: Path, taps: dict[str, Statistics]) -> None:
         arrays |= {f"{tap}/live/{name}": np.ascontiguousarray(value) for name, value in s.live.items()}
     order = json.dumps(list(taps))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, serialize_arrays(arrays, metadata={"taps": order}))
+    with replacing(path) as temporary:  # to the file: Hessians in bytes, whole, would be another copy of them
+        save_file(arrays, temporary, metadata={"taps": order})
 
 
 def load(path: Path) -> dict[str, Statistics]:
