@@ -13,7 +13,7 @@ namespace quantbench {
 
 const Table* QB_TABLE(QB_ISA)() {
     static const Table table = {
-        QB_STRING(QB_ISA), QB_ISA::kDotRows, QB_ISA::prepared_bytes, QB_ISA::prepare, QB_ISA::linear,
+        QB_STRING(QB_ISA), QB_ISA::kDotRows, QB_ISA::split, QB_ISA::prepared_bytes, QB_ISA::prepare, QB_ISA::linear,
         QB_ISA::quantize, QB_ISA::add_norm, QB_ISA::silu_mul, QB_ISA::rope_write, QB_ISA::attention, QB_ISA::decode,
         QB_ISA::embed, QB_ISA::observe, QB_ISA::absmax, QB_ISA::peak_float, QB_ISA::peak_int8, QB_ISA::read_all,
     };

@@ -45,11 +45,10 @@ void Kernels::linear(const PackedWeight& packed, std::optional<ConstFloats> valu
         require(codes->ndim() == 2 && codes->itemsize() == 1 && int64_t(codes->shape(0)) == t && int64_t(codes->shape(1)) == k,
                 "codes must be [T, K] of one byte each");
         require(a_scale && (a_scale->shape(0) == 1 || int64_t(a_scale->shape(0)) == t), "scale must be [1] or [T]");
-        require(w.kind != Kind::int8_dot || Quant(format) == Quant::int8, "a weight packed for int8 activations needs int8 codes");
+        require(w.kind != Kind::int8_dot || Quant(format) == Quant::int8, "a weight packed for int8 activations needs int8 codes or floats");
         input = {nullptr, codes->data(), Quant(format), a_scale->data(), a_scale->shape(0) == 1 ? 0 : 1};
     } else {
         require(values && int64_t(values->shape(0)) == t && int64_t(values->shape(1)) == k, "values must be [T, K]");
-        require(w.kind != Kind::int8_dot, "a weight packed for int8 activations needs codes");
         input.values = values->data();
     }
     Release release(t * w.rows * k);

@@ -22,7 +22,7 @@ static int64_t prepared_bytes(const Prepare& p) {
     switch (product_of(p)) {
 #if defined(QB_AMX)
         case Product::int8:
-            return p.t > kDotRows ? tile_tokens(p.t) * tile_row(p.columns) : code_bytes(p.t, p.columns);
+            return p.t > kDotRows && p.digits == 1 ? tile_tokens(p.t) * tile_row(p.columns) : code_bytes(p.t, p.columns);
 #else
         case Product::int8: return code_bytes(p.t, p.columns);
 #endif
@@ -94,10 +94,10 @@ static void prepare(const Prepare& p, int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) sum_groups(p, row);
     if (!p.out) return;
 #if defined(QB_AMX)
-    if (product == Product::int8 && p.t > kDotRows)
+    if (product == Product::int8 && p.t > kDotRows && p.digits == 1)
         return prepare_tile_codes((const int8_t*)p.source, first, last, p.columns, p.out);
 #endif
-    if (product == Product::int8) return prepare_codes((const int8_t*)p.source, first, last, p.columns, p.out);
+    if (product == Product::int8) return prepare_codes((const int8_t*)p.source, first, last, p.columns, strip_of(p.digits), p.out);
     for (int64_t row = first; row < last; ++row) {
 #if defined(QB_BF16)
         if (product == Product::bf16) {
@@ -111,7 +111,7 @@ static void prepare(const Prepare& p, int64_t first, int64_t last) {
 
 static void linear(const Linear& l, int64_t first, int64_t last) {
 #if defined(QB_AMX)
-    if (l.w.kind == Kind::int8_dot && l.t > kDotRows) return linear_tile_codes(l, first, last);
+    if (l.w.kind == Kind::int8_dot && l.t > kDotRows && l.digits == 1) return linear_tile_codes(l, first, last);
 #endif
     switch (product_of(preparation(l.w, l.format, l.a, l.t))) {
         case Product::int8: return linear_dot(l, first, last);

@@ -25,13 +25,15 @@ constexpr int kDotRows = 4;
 #endif
 constexpr int64_t kDotTokens = 252;
 
+QB_INLINE int64_t strip_of(int64_t digits) { return kDotRows / digits * digits; }  // the digits of a token stay together
+
 // Codes for the tiles: strips of M <= kDotRows tokens as [k / 4][M][4], so that a tile reads one stream. A strip starts
-// where its first token would start in plain row order; `first` is a multiple of kDotRows.
-static void prepare_codes(const int8_t* codes, int64_t first, int64_t last, int64_t columns, void* out) {
+// where its first token would start in plain row order; `first` is a multiple of `strip`.
+static void prepare_codes(const int8_t* codes, int64_t first, int64_t last, int64_t columns, int64_t strip, void* out) {
     int64_t quads = (columns + 3) / 4, whole = columns / 4;
     Code* to = (Code*)out;
-    for (int64_t t0 = first; t0 < last; t0 += kDotRows) {
-        int64_t rows = smaller(kDotRows, last - t0);
+    for (int64_t t0 = first; t0 < last; t0 += strip) {
+        int64_t rows = smaller(strip, last - t0);
         for (int64_t m = 0; m < rows; ++m) {
             const int8_t* from = codes + (t0 + m) * columns;
             Code* at = to + (t0 * quads + m) * 4;
@@ -44,27 +46,33 @@ static void prepare_codes(const int8_t* codes, int64_t first, int64_t last, int6
 
 static int64_t code_bytes(int64_t t, int64_t columns) { return t * ((columns + 3) / 4 * 4) * int64_t(sizeof(Code)); }
 
-QB_INLINE void finish_dot(const Linear& l, int64_t token, int64_t column, vi acc) {
+QB_INLINE vf exact_sum(const Linear& l, int64_t column, const int32_t* sums) {
+    vi acc, sum;
+    std::memcpy(&acc, sums, sizeof acc);
     if (kShift) {
-        vi sum;
         std::memcpy(&sum, l.w.row_sum + column, sizeof sum);
         acc = acc - sum * kShift;
     }
-    finish(l, token, column, to_float(acc));
+    return to_float(acc);
+}
+
+// The epilogue of a tile of sums [rows][columns]. Products with 65536 and 256 are exact, so all instruction sets agree.
+QB_INLINE void finish_sums(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t columns, const int32_t* sums) {
+    for (int64_t m = 0; m < rows; m += l.digits)
+        for (int64_t c = 0; c < columns; c += W) {
+            vf acc = exact_sum(l, column + c, sums + m * columns + c);
+            for (int64_t d = 1; d < l.digits; ++d) acc = acc * 256.0f + exact_sum(l, column + c, sums + (m + d) * columns + c);
+            finish(l, (row + m) / l.digits, column + c, acc);
+        }
 }
 
 #if defined(QB_AVX512)
 
-// The epilogue of a tile of sums [tokens][columns]: apart from the loop that made them, and not inlined into it, because
-// the compiler otherwise keeps their addresses and writes every accumulator to the stack in every step.
-static __attribute__((noinline)) void finish_tile(const Linear& l, int64_t token, int64_t tokens, int64_t column,
-                                                  int64_t columns, const int32_t* sums) {
-    for (int64_t m = 0; m < tokens; ++m)
-        for (int64_t c = 0; c < columns; c += W) {
-            vi acc;
-            std::memcpy(&acc, sums + m * columns + c, sizeof acc);
-            finish_dot(l, token + m, column + c, acc);
-        }
+// Apart from the loop that made the sums, and not inlined into it, because the compiler otherwise keeps their addresses
+// and writes every accumulator to the stack in every step.
+static __attribute__((noinline)) void finish_tile(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                                                  const int32_t* sums) {
+    finish_sums(l, row, rows, column, columns, sums);
 }
 
 template <int M, int P>
@@ -129,9 +137,12 @@ static void dot_sixteen(const Linear& l, int64_t token, int64_t panel, int64_t c
             acc[m][1] = _mm256_dpbusd_avx_epi32(acc[m][1], y, x1);
         }
     }
+    alignas(32) int32_t sums[M][16];
     QB_UNROLL
     for (int m = 0; m < M; ++m)
-        for (int h = 0; h < 2; ++h) finish_dot(l, token + m, panel * kPanel + column + h * W, (vi)acc[m][h]);
+        QB_UNROLL
+        for (int h = 0; h < 2; ++h) _mm256_store_si256((__m256i*)(sums[m] + h * 8), acc[m][h]);
+    finish_sums(l, token, M, panel * kPanel + column, 16, sums[0]);
 }
 
 template <int M, int P>
@@ -165,12 +176,11 @@ static void dot_eight(const Linear& l, int64_t token, int64_t panel, int64_t col
             acc[m][1] = _mm256_add_epi32(acc[m][1], _mm256_madd_epi16(y, x1));
         }
     }
+    alignas(32) int32_t sums[M][8];
     QB_UNROLL
-    for (int m = 0; m < M; ++m) {
-        // lanes are pairs of partial sums of one channel; hadd joins them, the permutation restores channel order
-        __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[m][0], acc[m][1]), 0xd8);
-        finish_dot(l, token + m, panel * kPanel + column, (vi)sum);
-    }
+    for (int m = 0; m < M; ++m)  // lanes are pairs of partial sums of one channel; the permutation restores channel order
+        _mm256_store_si256((__m256i*)sums[m], _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[m][0], acc[m][1]), 0xd8));
+    finish_sums(l, token, M, panel * kPanel + column, 8, sums[0]);
 }
 
 template <int M, int P>
@@ -186,25 +196,21 @@ template <int M, int P>
 static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
     const Weight& w = l.w;
     int64_t quads = (w.columns + 3) / 4;
-    QB_UNROLL
-    for (int p = 0; p < P; ++p)
+    for (int p = 0; p < P; ++p) {
+        int32_t acc[M][kPanel] = {};
         QB_UNROLL
         for (int m = 0; m < M; ++m) {
             const int16_t* a = (const int16_t*)l.a + token * quads * 4 + m * 4;
             const int8_t* b = (const int8_t*)w.codes + (panel + p) * w.panel_bytes;
-            int32_t acc[kPanel] = {};
             for (int64_t q = 0; q < quads; ++q, b += 128, a += M * 4)
                 for (int n = 0; n < kPanel; ++n) {
                     int32_t sum = 0;
                     for (int j = 0; j < 4; ++j) sum += int32_t(a[j]) * b[n * 4 + j];
-                    acc[n] += sum;
+                    acc[m][n] += sum;
                 }
-            for (int64_t c = 0; c < kPanel; c += W) {
-                vi sums;
-                std::memcpy(&sums, acc + c, sizeof sums);
-                finish_dot(l, token + m, (panel + p) * kPanel + c, sums);
-            }
         }
+        finish_sums(l, token, M, (panel + p) * kPanel, kPanel, acc[0]);
+    }
 }
 
 #endif
@@ -227,11 +233,12 @@ static void dot_rows(const Linear& l, int64_t token, int64_t rows, int64_t first
 
 // Token blocks stay in L2 while the panels stream past; within one, a panel stays in L1 for all its token tiles.
 static void linear_dot(const Linear& l, int64_t first, int64_t last) {
-    if (l.t <= kDotRows) return dot_rows(l, 0, l.t, first, last);
+    int64_t strip = strip_of(l.digits);
+    if (l.t <= strip) return dot_rows(l, 0, l.t, first, last);
     for (int64_t t0 = 0; t0 < l.t; t0 += kDotTokens) {
         int64_t t1 = smaller(t0 + kDotTokens, l.t);
         for (int64_t panel = first; panel < last; ++panel)
-            for (int64_t t = t0; t < t1; t += kDotRows) dot_rows(l, t, smaller(kDotRows, t1 - t), panel, panel + 1);
+            for (int64_t t = t0; t < t1; t += strip) dot_rows(l, t, smaller(strip, t1 - t), panel, panel + 1);
     }
 }
 

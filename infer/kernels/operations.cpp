@@ -10,10 +10,11 @@ namespace quantbench {
 
 namespace {
 
-// Room for values that only pass through an operation, and for prepared codes; one per calling thread, kept.
+// Room for values that only pass through an operation, for prepared codes, for digits and their scales; one of each per
+// calling thread, kept.
 template <class T>
 T* scratch(int which, int64_t count) {
-    static thread_local std::vector<std::vector<char>> buffers(2);
+    static thread_local std::vector<std::vector<char>> buffers(4);
     auto& buffer = buffers[size_t(which)];
     if (int64_t(buffer.size()) < count * int64_t(sizeof(T)) + 128) buffer.resize(size_t(count) * sizeof(T) + 128);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
@@ -45,11 +46,24 @@ void room_for_values(Quantize& q, int64_t t, int64_t width) {
     if (!q.values) q.values = scratch<float>(0, t * width);
 }
 
+// Floats times int8 weights, the floats as digits: see Split.
+void run_digits(const Table& table, const Weight& w, const float* x, int64_t t, float* y, int64_t ldy) {
+    int64_t k = w.columns, rows = t * kDigits, strip = table.strip / kDigits * kDigits;
+    Split s{x, k, scratch<int8_t>(2, rows * k), scratch<float>(3, t)};
+    ranges(t, 1, t * k * 4, [&](int64_t first, int64_t last) { table.split(s, first, last); });
+    Linear l{w, Quant::int8, s.codes, nullptr, s.scale, 1, rows, y, ldy, kDigits};
+    Prepare p = preparation(w, Quant::int8, s.codes, rows, kDigits);
+    l.a = p.out = scratch<uint8_t>(1, table.prepared_bytes(p));
+    ranges(rows, strip, rows * k / 8, [&](int64_t first, int64_t last) { table.prepare(p, first, last); });
+    ranges(w.panels, t == 1 ? 4 : 1, rows * w.rows * k, [&](int64_t first, int64_t last) { table.linear(l, first, last); });
+}
+
 }  // namespace
 
 void run_linear(const Table& table, const Weight& w, const Input& input, int64_t t, float* y, int64_t ldy) {
     if (t == 0) return;
     int64_t k = w.columns;
+    if (w.kind == Kind::int8_dot && !input.codes) return run_digits(table, w, input.values, t, y, ldy);
     const void* source = input.codes ? input.codes : input.values;
     Linear l{w, input.format, source, nullptr, input.codes ? input.scale : nullptr, input.scale_step, t, y, ldy};
     Prepare p = preparation(w, input.format, source, t);

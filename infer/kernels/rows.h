@@ -68,6 +68,37 @@ static int64_t quantize(const float* x, int64_t width, const Quantize& q, int64_
     return bad;
 }
 
+// Floats for int8 weights, see Split: in units of 1 / 0x3f7f7f of the row's largest magnitude they are integers of 23 bits
+// (round_even takes no more everywhere), which are three digits of base 256 between -128 and 127. Products of digits are exact; what is rounded is less than
+// what summing floats would round.
+static void split(const Split& s, int64_t first, int64_t last) {
+    constexpr float kMost = 4161407.0f;  // 0x3f7f7f: digits 63, 127, 127
+    for (int64_t t = first; t < last; ++t) {
+        const float* x = s.x + t * s.columns;
+        int32_t bits = absmax_bits(x, s.columns);
+        bool finite = bits < kInfinityBits;
+        float absmax;
+        std::memcpy(&absmax, &bits, 4);
+        float scale = absmax / kMost;
+        if (scale < kSmallestScale) scale = 1.0f;
+        s.scale[t] = finite ? scale : absmax - absmax;  // NaN
+        if (!finite) scale = 0.0f;
+        int8_t* to = s.codes + t * kDigits * s.columns;
+        for (int64_t k = 0; k < s.columns; k += W) {
+            int64_t n = smaller(W, s.columns - k);
+            vi code{};
+            if (finite) code = truncate(round_even(vmin(vmax(load_upto(x + k, n) / scale, set1(-kMost)), set1(kMost))));
+            for (int64_t d = kDigits - 1; d >= 0; --d) {
+                vi low = ((code & 255) ^ 128) - 128;
+                uint8_t digits[W];
+                store_i8(digits, low);
+                std::memcpy(to + d * s.columns + k, digits, size_t(n));
+                code = (code - low) >> 8;
+            }
+        }
+    }
+}
+
 // 1 / sqrt(mean of squares + eps), summed in eight double lanes whatever the instruction set: one result everywhere.
 QB_INLINE float inverse_rms(const float* x, int64_t n, double eps) {
     double sums[8] = {};

@@ -27,8 +27,7 @@ void Linears::add(const PackedWeight& weight, bool own, int format, std::optiona
     const Weight& w = weight.view();
     require(parts.empty() || w.columns == columns, "linears that share an input must have as many columns");
     Quant handed = own ? Quant(format) : spec.format;
-    require((w.kind == Kind::int8_dot) == (w.kind == Kind::int8_dot && handed == Quant::int8),
-            "a weight packed for int8 activations needs int8 codes");
+    require(w.kind != Kind::int8_dot || handed != Quant::e4m3, "a weight packed for int8 activations needs int8 codes or floats");
     require(!own || spec.format == Quant::none, "a weight can quantize floats only");
     parts.push_back({&w, own ? std::optional<Spec>({Quant(format), scale}) : std::nullopt, weight.bytes()});
     columns = w.columns;

@@ -19,7 +19,7 @@ enum class Kind : int { f32, bf16, f16, int8, int4, e4m3, int8_dot };
 //   bf16 e4m3                [k / 2][32][2], k padded with a zero to a multiple of 2
 //   int4                     [k / 8][32] words of 32 bits, code + 8 of input k in bits 16 (k % 2) + 4 (k % 8 / 2) up, k
 //                            padded with code 0 to a multiple of 8
-//   int8_dot                 [k / 4][32][4], k padded with zeros to a multiple of 4
+//   int8_dot                 [k / 4][32][4], k padded with zeros to a multiple of 4: for int8 codes, and for floats as digits
 struct Weight {
     Kind kind;
     int64_t rows, columns, panels, panel_bytes;
@@ -42,6 +42,7 @@ struct Linear {
     int64_t t;
     float* y;                  // [t][ldy], first column of this weight
     int64_t ldy;
+    int64_t digits = 1;        // 3: rows of `a` are the digits of t / 3 tokens, and a_scale is per token
 };
 
 // The input of a linear [t][columns] into the form that the instruction set multiplies: floats, bf16, or int8 codes.
@@ -54,10 +55,20 @@ struct Prepare {
     int64_t t;
     void* out;
     float* sums;               // [t][groups], asked for where shifted
+    int64_t digits = 1;        // as in Linear
 };
-inline Prepare preparation(const Weight& w, Quant format, const void* source, int64_t t) {
-    return {w.kind, w.offset != nullptr, w.columns, w.group_size, w.groups, format, source, t, nullptr, nullptr};
+inline Prepare preparation(const Weight& w, Quant format, const void* source, int64_t t, int64_t digits = 1) {
+    return {w.kind, w.offset != nullptr, w.columns, w.group_size, w.groups, format, source, t, nullptr, nullptr, digits};
 }
+
+// Floats as int8 digits: x = scale * (65536 d0 + 256 d1 + d2), rounded to 2^-23 of the row's largest magnitude.
+struct Split {
+    const float* x;            // [t][columns]
+    int64_t columns;
+    int8_t* codes;             // [t][3][columns]
+    float* scale;              // [t]; NaN where the row has a NaN or an infinity
+};
+constexpr int64_t kDigits = 3;
 
 struct Quantize {
     Quant format;
@@ -134,7 +145,8 @@ struct Embed {
 // Functions over a range return the first row with a NaN or infinity, or -1, where they quantize.
 struct Table {
     const char* name;
-    int64_t strip;             // prepare takes ranges of a multiple of so many tokens
+    int64_t strip;             // prepare takes ranges of a multiple of so many tokens; of rows of digits, a multiple of kDigits less
+    void (*split)(const Split&, int64_t first, int64_t last);
     int64_t (*prepared_bytes)(const Prepare&);   // of `out`; 0: floats are read where they lie, and only sums are made
     void (*prepare)(const Prepare&, int64_t first, int64_t last);
     void (*linear)(const Linear&, int64_t first_panel, int64_t last_panel);

@@ -22,7 +22,8 @@ FLOAT_KINDS: dict[np.dtype[Any], int] = {  # Kind in kernels/table.h
     np.dtype(np.float16): 2,
 }
 CODE_KINDS = {"int8": 3, "int4": 4, "fp8_e4m3": 5}
-INT8_DOT = 6  # int8 weights whose input arrives as int8 codes
+INT8_DOT = 6  # int8 weights whose input arrives as int8 codes, or as digits that are
+MOST_COLUMNS = 65536  # of an INT8_DOT weight: sums of products stay within 32 bits
 BLOCK = 128
 
 
@@ -53,8 +54,21 @@ class Part:
         """Whether weight and input are one bf16 value each: bf16 itself, or e4m3 codes on both sides."""
         return self.kind == FLOAT_KINDS[BF16] or (self.kind == CODE_KINDS["fp8_e4m3"] and self.activations is not None)
 
+    @property
+    def takes_digits(self) -> bool:
+        """Whether float inputs are multiplied as three int8 digits each: exact, and faster than as floats."""
+        whole = self.scale is not None and self.scale.shape[1] == 1 and self.zero is None
+        return whole and self.kind == CODE_KINDS["int8"] and self.activations is None and self.columns <= MOST_COLUMNS
+
     def native_arguments(self) -> tuple[Any, ...]:
-        return self.kind, [_bits(codes) for codes in self.codes], self.scale, self.zero, self.group_size, self.bias
+        return (
+            INT8_DOT if self.takes_digits else self.kind,
+            [_bits(codes) for codes in self.codes],
+            self.scale,
+            self.zero,
+            self.group_size,
+            self.bias,
+        )
 
     def joins(self, other: Part) -> bool:
         """Whether `other`'s rows may follow in the same native weight."""

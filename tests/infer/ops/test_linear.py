@@ -215,7 +215,41 @@ def test_wrong_arrays_are_refused(ops: CpuOps, values: np.ndarray, message: str)
         ops.linear(Activation(values), packed)
 
 
-def test_int8_weights_need_codes(ops: CpuOps) -> None:
+def test_int8_weights_take_no_e4m3_codes(ops: CpuOps) -> None:
     packed = ops.pack(quantized_weight(np.random.default_rng(0), 4, 4, ("int8", "channel", None, "int8")))
-    with pytest.raises(ValueError, match="needs codes"):
-        ops.linear(Activation(np.zeros((1, 4), np.float32)), packed)
+    codes = Activation(None, np.zeros((1, 4), E4M3), np.ones(1, np.float32), "fp8_e4m3")
+    with pytest.raises(ValueError, match="needs int8 codes or floats"):
+        ops.linear(codes, packed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.sampled_from([0.0, 1e3, 1e30]))
+def test_floats_beside_int8_weights_are_as_good_as_float32(ops: CpuOps, shape: Any, seed: int, outlier: float) -> None:
+    """Three digits hold an input to 2^-23 of the row's largest; the sums are exact, so nothing else is lost."""
+    t, n, k = shape
+    rng = np.random.default_rng(seed)
+    weight = quantized_weight(rng, n, k, ("int8", "channel", None, None))
+    x = rng.standard_normal((t, k)).astype(np.float32)
+    x[0, 0] += np.float32(outlier)
+    got = ops.linear(Activation(x), ops.pack(weight))
+    w = weight.weight.codes.astype(np.float64) * weight.weight.scale
+    want, largest = x.astype(np.float64) @ w.T, np.abs(x).max(axis=1, keepdims=True).astype(np.float64)
+    bound = largest * np.abs(w).sum(axis=1) * 2.0**-23 + np.abs(want) * 2.0**-22 + largest * np.abs(w).max() * 2.0**-21
+    assert np.all(np.abs(got - want) <= bound)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_stays_so_and_apart(ops: CpuOps, bad: float) -> None:
+    packed = ops.pack(quantized_weight(np.random.default_rng(0), 40, 37, ("int8", "channel", None, None)))
+    x = np.random.default_rng(1).standard_normal((5, 37)).astype(np.float32)
+    x[2, 36] = bad
+    got = ops.linear(Activation(x), packed)
+    assert np.isnan(got[2]).all()
+    assert np.isfinite(np.delete(got, 2, axis=0)).all()
+
+
+def test_rows_of_zeros_and_of_almost_nothing_beside_int8_weights(ops: CpuOps) -> None:
+    packed = ops.pack(quantized_weight(np.random.default_rng(0), 40, 37, ("int8", "channel", None, None)))
+    x = np.zeros((2, 37), np.float32)
+    x[1] = 1e-41
+    assert not ops.linear(Activation(x), packed).any()
