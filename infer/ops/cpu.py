@@ -93,6 +93,7 @@ class NativePart:
     activations: str | None
     weight: Any  # quantbench._kernels.PackedWeight
     bf16: bool = False  # multiplied by the instruction for bf16
+    digits: bool = False  # float inputs are multiplied as int8 digits
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class CpuPacked(Packed):
     @property
     def bf16_operations(self) -> float:
         return sum(2.0 * part.rows * self.shape[1] for part in self.parts if part.bf16)
+
+    @property
+    def digit_operations(self) -> float:
+        return sum(2.0 * part.rows * self.shape[1] for part in self.parts if part.digits)
 
 
 class CpuOps:
@@ -132,7 +137,13 @@ class CpuOps:
     def pack(self, weight: Weights) -> CpuPacked:
         parts = parts_of(list(weight) if isinstance(weight, Sequence) else [weight])
         natives = tuple(
-            NativePart(p.rows, p.activations, self._module.pack(*p.native_arguments()), self._multiplies_bf16(p))
+            NativePart(
+                p.rows,
+                p.activations,
+                self._module.pack(*p.native_arguments()),
+                self._multiplies_bf16(p),
+                p.takes_digits,
+            )
             for p in parts
         )
         names = tuple(name for part in parts for name in part.names)

@@ -82,6 +82,11 @@ class Packed:
         """Of one token: those that the backend does on bf16 at its rate for bf16, where that differs from float32's."""
         return 0.0
 
+    @property
+    def digit_operations(self) -> float:
+        """Of one token: those of float inputs that are multiplied as three int8 digits, three int8 operations each."""
+        return 0.0
+
 
 class LinearWeightLike(Protocol):
     """Structure of infer.checkpoint.source.LinearWeight, which operations only read."""

@@ -15,6 +15,7 @@ from quantbench.infer.engine import Engine
 
 FASTER = 1.05  # below this a variant counts as not faster: runs differ by a few percent
 DISTURBED = 0.05
+DIGITS = 3  # int8 products in one of a float and an int8 weight (kernels/table.h)
 EXPECTED = 0.9  # a speedup below this part of what the ceilings allow is explained
 
 
@@ -31,7 +32,7 @@ class Ceilings:
 @dataclass(frozen=True)
 class Work:
     """One step: bytes read and operations done. `float_operations` are all that are not int8 × int8; some of them
-    multiply bf16 by an instruction of its own."""
+    multiply bf16 by an instruction of its own, others int8 weights by the three int8 digits of a float."""
 
     weight_bytes: int
     head_bytes: int  # part of weight_bytes: the output head, and
@@ -39,6 +40,7 @@ class Work:
     int8_operations: float
     float_operations: float
     bf16_operations: float = 0.0  # part of float_operations
+    digit_operations: float = 0.0  # part of float_operations
 
     @property
     def bytes(self) -> int:
@@ -53,8 +55,9 @@ class Work:
 
     def compute_s(self, c: Ceilings) -> float:
         bf16 = self.bf16_operations if c.bf16_gop_per_s else 0.0
-        floats = (self.float_operations - bf16) / c.float32_gop_per_s + bf16 / (c.bf16_gop_per_s or 1)
-        return (self.int8_operations / c.int8_gop_per_s + floats) / 1e9
+        floats = self.float_operations - bf16 - self.digit_operations
+        seconds = floats / c.float32_gop_per_s + bf16 / (c.bf16_gop_per_s or 1)
+        return (seconds + (self.int8_operations + DIGITS * self.digit_operations) / c.int8_gop_per_s) / 1e9
 
 
 def step_work(engine: Engine, batch: int, context: int) -> Work:
@@ -62,8 +65,7 @@ def step_work(engine: Engine, batch: int, context: int) -> Work:
     weights, head, int8 = _linears(engine)
     total = batch * engine.operations_per_token(context)
     cache = round(batch * engine.bytes_per_token(batch, context)) - weights
-    bf16 = _bf16(engine, blocks=batch, head=batch)
-    return Work(weights, head, cache, batch * int8, total - batch * int8, bf16)
+    return Work(weights, head, cache, batch * int8, total - batch * int8, *_special(engine, blocks=batch, head=batch))
 
 
 def prefill_work(engine: Engine, tokens: int) -> Work:
@@ -72,16 +74,15 @@ def prefill_work(engine: Engine, tokens: int) -> Work:
     head_operations = sum(2.0 * p.shape[0] * p.shape[1] for p in engine.runner.model.head.packed)
     total = tokens * engine.operations_per_token(tokens // 2) - (tokens - 1) * head_operations
     cache = round(engine.bytes_per_token(1, tokens // 2)) - weights
-    bf16 = _bf16(engine, blocks=tokens, head=1)
-    return Work(weights, head, cache, tokens * int8, total - tokens * int8, bf16)
+    return Work(weights, head, cache, tokens * int8, total - tokens * int8, *_special(engine, blocks=tokens, head=1))
 
 
-def _bf16(engine: Engine, blocks: int, head: int) -> float:
-    """Operations on bf16, of so many tokens through the blocks and through the head."""
+def _special(engine: Engine, blocks: int, head: int) -> tuple[float, float]:
+    """Operations on bf16, and on floats as digits, of so many tokens through the blocks and through the head."""
     model = engine.runner.model
     groups = [g for layer in model.layers for g in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    inner = sum(p.bf16_operations for group in groups for p in group.packed)
-    return blocks * inner + head * sum(p.bf16_operations for p in model.head.packed)
+    counted = [(blocks, p) for group in groups for p in group.packed] + [(head, p) for p in model.head.packed]
+    return sum(n * p.bf16_operations for n, p in counted), sum(n * p.digit_operations for n, p in counted)
 
 
 def _linears(engine: Engine) -> tuple[int, int, float]:

@@ -99,3 +99,14 @@ def test_bf16_products_count_against_their_own_ceiling() -> None:
     assert work.compute_s(CEILINGS) == WORK.compute_s(CEILINGS)  # none was measured: as float32
     faster = replace(CEILINGS, bf16_gop_per_s=300)
     assert work.compute_s(faster) == pytest.approx(0.5e8 / 100e9 + 1.5e8 / 300e9)
+
+
+def test_floats_as_digits_count_three_times_against_the_int8_ceiling() -> None:
+    work = replace(WORK, digit_operations=1.5e8)
+    threefold = 3 * 1.5e8 / (CEILINGS.int8_gop_per_s * 1e9)
+    assert work.compute_s(CEILINGS) == pytest.approx(WORK.compute_s(CEILINGS) - 1.5e8 / 100e9 + threefold)
+
+
+def test_weight_only_int8_multiplies_digits(tiny_model):
+    work = step_work(Engine.load(tiny_model, "weight_only_int8"), 2, 8)
+    assert work.digit_operations == step_work(Engine.load(tiny_model, "a8w8"), 2, 8).int8_operations > 0
