@@ -95,7 +95,8 @@ def tempered(x: Float) -> Float:
     limit = _GIANT * float(np.median(norms))
     if limit == 0 or norms.max() <= limit:
         return x
-    return np.asarray(x * np.minimum(1, limit / np.maximum(norms, limit))[:, None], np.float32)
+    shares = (limit / np.maximum(norms, limit)).astype(np.float32)
+    return np.multiply(x, shares[:, None])
 
 
 @dataclass
