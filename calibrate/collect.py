@@ -96,7 +96,8 @@ def tempered(x: Float) -> Float:
     if limit == 0 or norms.max() <= limit:
         return x
     shares = (limit / np.maximum(norms, limit)).astype(np.float32)
-    return np.multiply(x, shares[:, None])
+    tempered_rows: Float = x * shares[:, None]
+    return tempered_rows
 
 
 @dataclass
