@@ -19,7 +19,7 @@ from quantbench.errors import ModelError
 from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.checkpoint.shard import Array, TensorStore
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
-from quantbench.infer.models import LINEARS, ModelConfig, biased, block_prefix, block_tensors
+from quantbench.infer.models import ModelConfig, biased, block_prefix, block_tensors
 from quantbench.vocabulary import CachePlan, LayerPlan
 
 if TYPE_CHECKING:
@@ -100,10 +100,6 @@ class ModelSource:
             return read_linear(self, name, self._bias(name))
         tied = name == "lm_head" and self.config.tie_word_embeddings
         return LinearWeight(name, self.read(EMBEDDING if tied else f"{name}.weight"), self._bias(name))
-
-    def block_linears(self, layer: int) -> dict[str, LinearWeight]:
-        """Every linear of one block, by name within the block."""
-        return {line.name: self.linear(f"{block_prefix(layer)}.{line.name}") for line in LINEARS}
 
     def cache_scales(self, layer: int) -> tuple[F32, F32] | None:
         """Scales of K and V, each f32 [kv_heads], or None where the cache stays float."""

@@ -1,7 +1,6 @@
 """What a calibrating process does with its memory and its cores: settings of the C library and of BLAS.
 
-Measured on the demo model, 32 x 256 tokens (docs/measuring.md): a run spends a fifth of its time in page faults where
-every freed array goes back to the system, and holds 0.3 GB more where every thread keeps a heap of its own.
+What each does to a run's time and memory is told in docs/measuring.md, "What a calibration costs".
 """
 
 from __future__ import annotations

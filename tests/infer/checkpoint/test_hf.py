@@ -38,7 +38,6 @@ def test_a_block_in_float32(make_model):
     assert isinstance(linear, LinearWeight)
     assert np.array_equal(linear.bias, block["self_attn.q_proj.bias"])
     assert source.linear("model.layers.1.mlp.up_proj").bias is None
-    assert set(source.block_linears(1)) == {n.removesuffix(".weight") for n in block if "_proj.weight" in n}
 
 
 def test_an_unknown_tensor_is_refused(make_model):
