@@ -56,23 +56,30 @@ QB_INLINE vf exact_sum(const Linear& l, int64_t column, const int32_t* sums) {
     return to_float(acc);
 }
 
-// The epilogue of a tile of sums [rows][columns]. Products with 65536 and 256 are exact, so all instruction sets agree.
-QB_INLINE void finish_sums(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t columns, const int32_t* sums) {
-    for (int64_t m = 0; m < rows; m += l.digits)
+// The epilogue of a tile of sums [rows][columns]. Products with 256 are exact, so all instruction sets agree.
+template <int D>
+QB_INLINE void finish_rows(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t columns, const int32_t* sums) {
+    for (int64_t m = 0; m + D <= rows; m += D)
         for (int64_t c = 0; c < columns; c += W) {
             vf acc = exact_sum(l, column + c, sums + m * columns + c);
-            for (int64_t d = 1; d < l.digits; ++d) acc = acc * 256.0f + exact_sum(l, column + c, sums + (m + d) * columns + c);
-            finish(l, (row + m) / l.digits, column + c, acc);
+            for (int64_t d = 1; d < D; ++d) acc = acc * 256.0f + exact_sum(l, column + c, sums + (m + d) * columns + c);
+            finish(l, (row + m) / D, column + c, acc);
         }
+}
+
+QB_INLINE void finish_sums(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t columns, const int32_t* sums) {
+    if (l.digits == 1) return finish_rows<1>(l, row, rows, column, columns, sums);
+    finish_rows<kDigits>(l, row, rows, column, columns, sums);
 }
 
 #if defined(QB_AVX512)
 
 // Apart from the loop that made the sums, and not inlined into it, because the compiler otherwise keeps their addresses
 // and writes every accumulator to the stack in every step.
+template <int D>
 static __attribute__((noinline)) void finish_tile(const Linear& l, int64_t row, int64_t rows, int64_t column, int64_t columns,
                                                   const int32_t* sums) {
-    finish_sums(l, row, rows, column, columns, sums);
+    finish_rows<D>(l, row, rows, column, columns, sums);
 }
 
 template <int M, int P>
@@ -110,7 +117,8 @@ static void dot_tile(const Linear& l, int64_t token, int64_t panel) {
         for (int p = 0; p < P; ++p)
             QB_UNROLL
             for (int h = 0; h < 2; ++h) _mm512_store_si512(sums[m] + p * kPanel + h * W, acc[m][p][h]);
-    finish_tile(l, token, M, panel * kPanel, P * kPanel, sums[0]);
+    if (l.digits == 1) return finish_tile<1>(l, token, M, panel * kPanel, P * kPanel, sums[0]);
+    finish_tile<kDigits>(l, token, M, panel * kPanel, P * kPanel, sums[0]);
 }
 
 #elif defined(QB_AVXVNNI)
