@@ -30,11 +30,14 @@ def pack_int32(codes: Array, bits: int) -> I32:
 def unpack_int32(packed: I32, bits: int, columns: int | None = None) -> Array:
     """int32 words [N, W] -> int8 codes [N, columns]; `columns` drops the padding (default: every code of the words)."""
     per_word = _codes_per_word(bits)
-    words = np.ascontiguousarray(packed).view(np.uint32)
+    words = np.ascontiguousarray(packed, "<i4")
+    stored = words.view(np.uint8)  # no code crosses a byte: bytes are a quarter of the work that words are
+    per_byte = per_word // 4
     codes = np.empty((words.shape[0], words.shape[1] * per_word), np.int8)
-    mask, offset = np.uint32((1 << bits) - 1), 1 << (bits - 1)
-    for i in range(per_word):
-        codes[:, i::per_word] = ((words >> np.uint32(i * bits)) & mask).astype(np.int16) - offset
+    mask, offset = np.uint8((1 << bits) - 1), np.uint8(1 << (bits - 1))
+    for i in range(per_byte):
+        field = stored & mask if i == 0 else (stored >> np.uint8(i * bits)) & mask
+        codes[:, i::per_byte] = np.subtract(field, offset, out=field).view(np.int8)  # wraps below 0, as int8 does
     if columns is not None and not 0 <= codes.shape[1] - columns < per_word:
         raise CheckpointError(f"{words.shape[1]} words hold {codes.shape[1]} codes of {bits} bits, not {columns}")
     return codes[:, :columns]
