@@ -102,12 +102,22 @@ class Search:
         return found
 
     def _passed(self, candidates: Sequence[tuple[int, ...]], windows: Int, taps: Collection[str]) -> list[Look]:
-        looks = [Look(c, windows.reshape(-1), self.forward.embed(_behind(windows, c))) for c in candidates]
+        looks = [
+            Look(c, windows.reshape(-1), x)
+            for c, x in zip(candidates, self._embedded(candidates, windows), strict=True)
+        ]
         for layer in range(self.source.config.num_layers):
             self.forward.load(layer, self.source.float_block(layer))
             for _ in self.forward.each(partial(self._through, layer, taps), looks):
                 pass
         return looks
+
+    def _embedded(self, candidates: Sequence[tuple[int, ...]], windows: Int) -> list[Float]:
+        """The windows behind each candidate, f32[windows, p + length, D]: the embedding is read once for all."""
+        ids = [_behind(windows, c) for c in candidates]
+        words = np.unique(np.concatenate([i.reshape(-1) for i in ids]))
+        rows = self.forward.embed(words[None])[0]
+        return [rows[np.searchsorted(words, i)] for i in ids]
 
     def _through(self, layer: int, taps: Collection[str], look: Look) -> None:
         lengths = np.full(len(look.hidden), look.hidden.shape[1], np.int32)
