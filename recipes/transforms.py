@@ -184,6 +184,7 @@ class Gptq(Section):
         default=(0.01, 0.1, 1.0),
         description="Share of the Hessian's mean diagonal that is added to it; the next where it stays singular.",
     )
+    sweeps: int = Field(default=0, ge=0, le=20, description="How often every column is then decided again.")
 
 
 class Method(Section):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -157,3 +158,60 @@ def test_what_cannot_be_used_is_refused() -> None:
 def test_it_is_registered() -> None:
     assert METHODS["gptq"].quantize is gptq
     assert METHODS["gptq"].needs_hessian
+
+
+def slow_sweep(w: np.ndarray, codes: np.ndarray, entry: Entry, hessian: np.ndarray) -> np.ndarray:
+    """Coordinate descent: the errors of all others gathered anew for every column."""
+    fmt, codes = FORMATS[entry.format], codes.copy()
+    wide = (
+        None if a is None else expand(a, entry.granularity, w.shape, entry.group_size)
+        for a in (entry.scale, entry.zero)
+    )
+    scale, zero = (None if a is None else np.broadcast_to(a, w.shape) for a in wide)
+    h = hessian + 0.01 * np.diagonal(hessian).mean() * np.eye(len(hessian))
+    errors = w.astype(np.float64) - fmt.decode(codes, scale, zero)
+    for k in np.argsort(-np.diagonal(hessian), kind="stable"):
+        others = errors @ h[:, k] - errors[:, k] * h[k, k]
+        at = scale[:, k], None if zero is None else zero[:, k]
+        codes[:, k] = fmt.encode((w[:, k] + others / h[k, k]).astype(F32), *at)
+        errors[:, k] = w[:, k].astype(np.float64) - fmt.decode(codes[:, k], *at)
+    return codes
+
+
+@every
+def test_a_sweep_equals_a_slow_version(plan: LayerPlan) -> None:
+    w, s = weight(), correlated()
+    entry = weight_entry(w, plan)
+    assert s.hessian is not None
+    expected = slow_sweep(w, gptq(w, entry, s).codes, entry, s.hessian)
+    different = np.count_nonzero(gptq(w, entry, s, sweeps=1).codes != expected)
+    assert different <= 1e-3 * w.size  # a tie may fall either way, and what follows it
+
+
+@every
+def test_every_sweep_lowers_the_damped_loss_until_nothing_changes(plan: LayerPlan) -> None:
+    w, s = weight(), correlated()
+    entry = weight_entry(w, plan)
+    assert s.hessian is not None
+    damped = replace(s, hessian=s.hessian + 0.01 * np.diagonal(s.hessian).mean() * np.eye(len(s.hessian)))
+    losses = [loss(w, gptq(w, entry, s, sweeps=n), damped) for n in range(4)]
+    assert losses[1] < losses[0]
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(losses))
+    end = [gptq(w, entry, s, sweeps=n).codes for n in (19, 20)]
+    assert np.mean(end[0] != end[1]) < 1e-2
+
+
+def test_sweeps_over_dead_inputs_zeros_and_one_giant() -> None:
+    w, s = weight((8, 64)), correlated(64, rank=3)
+    w[2] = 0
+    entry = weight_entry(w, LayerPlan("w", "int4", "channel"))
+    assert s.hessian is not None
+    hessian = s.hessian.copy()
+    hessian[[3, 9]] = hessian[:, [3, 9]] = 0
+    hessian[5] *= 1e4
+    hessian[:, 5] *= 1e4
+    dull = replace(s, hessian=hessian)
+    codes = gptq(w, entry, dull, sweeps=2)
+    assert np.array_equal(codes.codes[:, [3, 9]], rtn(w, entry, None).codes[:, [3, 9]])
+    assert loss(w, codes, dull) <= loss(w, gptq(w, entry, dull), dull) * 1.05  # what sinks is the damped loss
+    assert not codes.codes[2].any()

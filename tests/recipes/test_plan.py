@@ -144,16 +144,21 @@ def test_a_method_with_settings_reaches_its_layers_and_survives_lock_and_plan_fi
 ) -> None:
     text = (
         "model: m\nmodes: [a8w8, {name: w4, mode: weight_only_int4, method: gptq}]\n"
-        "rules: [{match: '*.down_proj', method: {gptq: {act_order: false, damping: 0.05}}, variants: [a8w8]}]\n"
+        "rules: [{match: '*.down_proj', method: {gptq: {act_order: false, damping: 0.05, sweeps: 2}}, "
+        "variants: [a8w8]}]\n"
     )
     recipe = load_recipe(text)
     plan = make_plan(recipe, layers, facts)
     name = "model.layers.0.mlp.down_proj"
     assert (plan.variants["a8w8"].layers[name].method, plan.variants["a8w8"].layers[name].options) == (
-        "gptq", (("act_order", False), ("damping", (0.05,))),
+        "gptq", (("act_order", False), ("damping", (0.05,)), ("sweeps", 2)),
     )  # fmt: skip
     assert plan.variants["a8w8"].layers["model.layers.0.mlp.up_proj"].method == "rtn"
-    assert plan.variants["w4"].layers[name].options == (("act_order", True), ("damping", (0.01, 0.1, 1.0)))
+    assert plan.variants["w4"].layers[name].options == (
+        ("act_order", True),
+        ("damping", (0.01, 0.1, 1.0)),
+        ("sweeps", 0),
+    )
     lock = write_lock(recipe, tmp_path / "recipe.lock.yaml", "0" * 64, {}, {})
     assert "method: rtn\n" in lock.read_text()
     assert load_recipe(lock).model_dump() == recipe.model_dump()
