@@ -81,10 +81,10 @@ def nearest(ranger: Ranger = whole, observer: str = "absmax") -> Method:
     return quantize
 
 
-def column_by_column(ranger: Ranger = whole, act_order: bool = True, damping: float = 0.01) -> Method:
+def column_by_column(ranger: Ranger = whole, act_order: bool = True, damping: float = 0.01, sweeps: int = 0) -> Method:
     def one(w: F32, plan: LayerPlan, seen: Statistics) -> F32:
         entry = weight_entry(w, plan, ranger(w, plan, seen))
-        return dequantize_weight(gptq(w, entry, seen, act_order, (damping, 1.0)))
+        return dequantize_weight(gptq(w, entry, seen, act_order, (damping, 1.0), sweeps))
 
     return lambda tap, plan: {n: one(w, plan, tap.seen) for n, w in tap.weights.items()}
 
@@ -131,6 +131,8 @@ METHODS: dict[str, Method] = {
     "gptq": column_by_column(),
     "gptq, no act_order": column_by_column(act_order=False),
     "gptq, damping 10 %": column_by_column(damping=0.1),
+    "gptq, 4 sweeps": column_by_column(sweeps=4),
+    "gptq, damping 10 %, 4 sweeps": column_by_column(damping=0.1, sweeps=4),
     "clip diagonal, gptq": column_by_column(clipped(True)),
     "clip, gptq": column_by_column(clipped(False)),
     "awq, gptq": rescaled(column_by_column()),
@@ -139,6 +141,8 @@ METHODS: dict[str, Method] = {
     "rotated, clip": turned(nearest(clipped(False))),
     "rotated, gptq": turned(column_by_column()),
     "rotated, clip, gptq": turned(column_by_column(clipped(False))),
+    "rotated, clip, gptq, damping 10 %": turned(column_by_column(clipped(False), damping=0.1)),
+    "rotated, clip, gptq, damping 10 %, 4 sweeps": turned(column_by_column(clipped(False), damping=0.1, sweeps=4)),
 }
 
 
