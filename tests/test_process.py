@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from quantbench.infer.ops.cpu import CpuOps
 from quantbench.process import give_freed_memory_back, one_thread_per_product, reuse_freed_memory
 
 
@@ -30,7 +31,11 @@ def test_inside_a_product_takes_one_thread() -> None:
     def threads() -> list[int]:
         return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
-    before = threads()
+    ops = CpuOps()
+    before, pool = threads(), ops.set_threads(2)
     with one_thread_per_product():
         assert threads() == [1] * len(before)
+        assert ops.threads == 1
     assert threads() == before != []
+    assert ops.threads == pool
+    ops.set_threads(None)

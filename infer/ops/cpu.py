@@ -181,6 +181,13 @@ class CpuOps:
             column += part.rows
         return y
 
+    def multiply(self, x: Floats, w: Packed, y: Floats) -> None:
+        """y [T, N] = x [T, K] wT of float x: `linear` into the caller's array, for several threads at once."""
+        column = 0
+        for part in native_parts(w):
+            self.kernels.linear(part.weight, x, None, 0, None, y, column)
+            column += part.rows
+
     def quantize(self, x: Floats, spec: ActSpec) -> Activation:
         if spec.format is None:
             return Activation(values=x)

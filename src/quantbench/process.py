@@ -6,9 +6,12 @@ What each does to a run's time and memory is told in docs/measuring.md, "What a 
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from threadpoolctl import threadpool_limits
+
+from quantbench.calibrate.observe import native_ops
 
 # malloc.h: parameters of mallopt
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -33,11 +36,20 @@ def give_freed_memory_back() -> None:
         libc.malloc_trim(0)
 
 
-def one_thread_per_product() -> AbstractContextManager[object]:
-    """Inside, a matrix product of numpy takes one thread: cores are used by several products side by side.
+@contextmanager
+def one_thread_per_product() -> Iterator[None]:
+    """Inside, a matrix product of numpy or of our own kernels takes one thread: cores work on several side by side.
 
-    Two threads that call a BLAS of two threads wait for each other, and the last bits of a product depend on how many
+    Two threads that call a BLAS of two threads wait for each other, and the last bits of its product depend on how many
     share it: with one, calibration gives the same bytes whatever the number of cores.
     """
-    limited: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
-    return limited
+    ops = native_ops()
+    threads = ops.threads if ops else 1
+    with threadpool_limits(limits=1, user_api="blas"):
+        if ops:
+            ops.set_threads(1)
+        try:
+            yield
+        finally:
+            if ops:
+                ops.set_threads(threads)
