@@ -4,7 +4,7 @@ Padding costs nothing and is never seen: linears and norms work on the real toke
 attention alone needs the [S, L] frame. Right padding with a causal mask needs no padding mask, because no real token
 attends to a later one. Arrays go in by copy (Paddle's own buffers are aligned, so the same input gives the same
 bits) and come out without one where Paddle's device is the CPU. There the linears' products are those of the runtime's
-own float32 kernel where it is built: 1.7 times as fast as Paddle's MKL on AMD, which leaves half of AVX-512 unused.
+own float32 kernel where it is built: Paddle's MKL is slower on AMD (docs/measuring.md).
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ static int64_t quantize(const float* x, int64_t width, const Quantize& q, int64_
 }
 
 // Floats for int8 weights, see Split: in units of 1 / 0x3f7f7f of the row's largest magnitude they are integers of 23 bits
-// (round_even takes no more everywhere), which are three digits of base 256 between -128 and 127. Products of digits are exact; what is rounded is less than
-// what summing floats would round.
+// (round_even takes no more everywhere), which are three digits of base 256 between -128 and 127. Products of digits are
+// exact; what is rounded is less than what summing floats would round.
 static void split(const Split& s, int64_t first, int64_t last) {
     constexpr float kMost = 4161407.0f;  // 0x3f7f7f: digits 63, 127, 127
     for (int64_t t = first; t < last; ++t) {

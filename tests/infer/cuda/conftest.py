@@ -15,7 +15,7 @@ def gpu() -> Device:
     try:
         return Device()
     except DependencyError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"runs on a machine with an NVIDIA GPU: {error}")
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_bf16_products(device_bf16: Device, library: Blas, dtype: type) -> None:
 
 def test_e4m3_products_with_a_scale_per_token_and_channel(device_bf16: Device, library: Blas) -> None:
     if device_bf16.capability != (9, 0):
-        pytest.skip("cuBLASLt has a scale per token and channel on sm_90 only: run on a Hopper GPU")
+        pytest.skip("runs on a Hopper GPU: cuBLASLt has a scale per token and channel on sm_90 only")
     random = np.random.default_rng(1)
     x, w = (random.standard_normal(shape).astype(E4M3) for shape in ((80, 256), (64, 256)))
     tokens, channels = (random.uniform(0.5, 2, n).astype(np.float32) for n in (80, 64))

@@ -68,7 +68,7 @@ def test_swiglu_in_the_epilogue(device_bf16: Device, case: str, tokens: int, spe
     )  # fmt: skip
     packed = gemm.pack(device_bf16, parts_of([weight])[0])
     if not gemm.fuses_swiglu(device_bf16, packed, tokens, spec):
-        pytest.skip("gemm.fuses_swiglu is for Hopper GPUs: runs on one, for what it says")
+        pytest.skip("runs on a Hopper GPU, for the cases that gemm.fuses_swiglu names")
     a = inputs_of(device_bf16, weight, tokens, 640)
     lent = Activation(
         None if a.values is None else device_bf16.upload(a.values.astype(ml_dtypes.bfloat16)),  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def column(request: pytest.FixtureRequest) -> str | Ops:
     try:
         return load_ops("cuda")
     except DependencyError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"runs on a machine with an NVIDIA GPU: {error}")
 
 
 @pytest.fixture
