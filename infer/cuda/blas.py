@@ -1,4 +1,4 @@
-"""cuBLASLt, where it is the best matrix multiplication: bf16 and e4m3 with many tokens.
+"""cuBLASLt, where it is the best matrix multiplication: bf16, float16 and e4m3 with many tokens.
 
 It comes with the `cuda` extra and is optional: without it our own kernels run every shape, and `quantbench doctor`
 says so. Row-major out[T, N] = x[T, K] w[N, K]ᵀ is, to a column-major library, the [N, T] matrix w xᵀ; so the scales
@@ -26,11 +26,13 @@ COMPUTE_F32, SCALE_F32, OUTER_VECTOR = 68, 0, 3
 TRANSPOSE_A, A_POINTER, B_POINTER, FAST_ACCUMULATION, A_MODE, B_MODE = 3, 17, 18, 25, 31, 32
 TYPES: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): 0,
+    np.dtype(np.float16): 2,
     np.dtype(ml_dtypes.bfloat16): 14,
     np.dtype(ml_dtypes.float8_e4m3fn): 28,
 }
 BEST_FROM: dict[np.dtype[Any], int] = {  # tokens from which it was the fastest on an H200
     np.dtype(ml_dtypes.bfloat16): 49,
+    np.dtype(np.float16): 49,
     np.dtype(ml_dtypes.float8_e4m3fn): 385,
 }
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -76,7 +78,7 @@ class Blas:
         out: DeviceArray,
         scales: tuple[DeviceArray, DeviceArray] | None = None,
     ) -> None:
-        """out[T, N] (f32 or bf16) = x[T, K] w[N, K]ᵀ, both bf16, or both e4m3 with `scales` f32[N] of weight rows and
+        """out[T, N] (f32 or 16-bit) = x[T, K] w[N, K]ᵀ, both bf16, both f16, or both e4m3 with `scales` f32[N] of weight rows and
         f32[T] of tokens."""
         plan = self._plan(x, w, out)
         if scales is not None:
@@ -189,11 +191,11 @@ def wins(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bo
 
 
 def suits(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
-    """Whether the library takes a product: bf16, or e4m3 with vector scales (Hopper), all rows aligned to 16 bytes."""
+    """Whether the library takes a product: bf16, f16, or e4m3 with vector scales (Hopper), all rows aligned to 16 bytes."""
     aligned = x.shape[1] * x.dtype.itemsize % 16 == 0 and out.shape[1] % 8 == 0
     if x.dtype != w.dtype or out.dtype not in TYPES or not aligned:
         return False
-    return x.dtype == np.dtype(ml_dtypes.bfloat16) or (x.dtype == E4M3 and device.capability == (9, 0))
+    return x.dtype.itemsize == 2 or (x.dtype == E4M3 and device.capability == (9, 0))
 
 
 def _pointer(array: DeviceArray) -> ctypes.c_void_p:

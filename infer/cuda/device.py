@@ -23,7 +23,11 @@ from quantbench.infer.cuda.compile import cubin, load_nvrtc
 from quantbench.infer.cuda.memory import Memory
 
 Dims = int | tuple[int, ...]
-DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 BIG_SHARED = 48 << 10  # bytes of shared memory that a kernel gets unasked
 
 
@@ -53,7 +57,8 @@ class Graph:
 
 
 class Device(Memory):
-    """One GPU. `dtype` is what arrays between operations hold: float32 (as the CPU runtime) or bfloat16."""
+    """One GPU. `dtype` is what arrays between operations hold: float32 (as the CPU runtime), bfloat16 or
+    float16."""
 
     def __init__(self, dtype: str = "float32", index: int = 0) -> None:
         """Raises DependencyError without a usable GPU, compiler or architecture, and for an unknown dtype."""

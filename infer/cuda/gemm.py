@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from quantbench.errors import CheckpointError
 from quantbench.infer.cuda import blas, hopper, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
@@ -26,6 +27,7 @@ from quantbench.infer.cuda.weight import DeviceWeight
 from quantbench.infer.ops.pack import INT8_DOT, Part
 from quantbench.infer.ops.types import Activation, ActSpec, Array
 
+F16_MAX = 65504.0
 INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 HELD_BYTES = 72 << 10  # of inputs that a streaming block keeps in shared memory
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
@@ -62,12 +64,17 @@ def fields(kind: int, rows: int, columns: int, group_size: int, zero: bool) -> d
 
 
 def pack(device: Device, part: Part) -> DeviceWeight:
-    """The weights of `part` on the device: codes row by row, int4 codes in the order that kernels unpack."""
+    """The weights of `part` on the device: codes row by row, int4 codes in the order that kernels unpack. Where float16
+    passes between operations, float weights are held in it too: products want both alike. Raises CheckpointError for a
+    weight beyond float16's range."""
     codes = np.concatenate(part.codes) if len(part.codes) > 1 else part.codes[0]
-    if part.kind == INT4:
+    kind = part.kind
+    if kind == INT4:
         codes = pack_int4(codes)
+    if kind in (BF16, F32) and device.dtype == np.float16:
+        codes, kind = _as_float16(codes, part.names), F16
     return DeviceWeight(
-        part.kind,
+        kind,
         part.rows,
         part.columns,
         device.upload(np.ascontiguousarray(codes)),
@@ -77,6 +84,16 @@ def pack(device: Device, part: Part) -> DeviceWeight:
         None if part.bias is None else device.upload(part.bias),
         part.activations,
     )
+
+
+def _as_float16(codes: Array, names: tuple[str, ...]) -> Array:
+    wide = codes.astype(np.float32)
+    if (largest := float(np.abs(wide).max(initial=0.0))) > F16_MAX:
+        raise CheckpointError(
+            f"{', '.join(names)}: a weight of magnitude {largest:.6g} is beyond float16's {F16_MAX:.0f}; "
+            f"set QUANTBENCH_CUDA_DTYPE to bfloat16 or float32"
+        )
+    return wide.astype(np.float16)
 
 
 def pack_int4(codes: Array) -> Array:

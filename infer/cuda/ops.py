@@ -14,8 +14,8 @@
 engine's steps do not go through it: `runner.py` keeps everything on the device.
 
 Dtypes: the residual stream is f32. What passes between operations (qkv, q, attention's output, gate_up, delta, an
-activation's `values`) is `device.dtype`: float32, which follows the CPU runtime's arithmetic, or bfloat16, which is
-faster where activations are large. Codes are int8 or e4m3 with f32 scales, logits are f32.
+activation's `values`) is `device.dtype`: float32, which follows the CPU runtime's arithmetic, or bfloat16 or float16,
+which are faster where activations are large. Codes are int8 or e4m3 with f32 scales, logits are f32.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def random_model(device: Device, config: ModelConfig, mode: Mode, group: int = 1
         }
         return Layer(ones, made["qkv"], None, config.window_of(number), made["o"], ones, made["gate_up"], made["down"])
 
-    outer = kind if kind in (F32, F16) else BF16
+    outer = F16 if device.dtype == np.float16 else kind if kind in (F32, F16) else BF16
     layers = tuple(layer(number) for number in range(config.num_layers))
     embedding = dice.linear("embedding", outer, config.vocab_size, d, 0, None)
     head = Projection(ActSpec(), (dice.linear("lm_head", outer, config.vocab_size, d, 0, None),))

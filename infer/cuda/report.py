@@ -36,7 +36,8 @@ from quantbench.infer.models import ModelConfig
 from quantbench.infer.ops import PAGE
 from quantbench.vocabulary import parse_mode
 
-MODES = ("fp32", "bf16", "fp16", "a8w8", "a8w8_fp8", "weight_only_int8", "weight_only_int4")
+ALL = ("fp32", "bf16", "fp16", "a8w8", "a8w8_fp8", "weight_only_int8", "weight_only_int4")
+MODES = {"bfloat16": ALL, "float32": ALL, "float16": ("fp16", "a8w8", "weight_only_int4")}  # by dtype between operations
 STEPS = ((1, True), (32, True), (256, True), (512, False))  # tokens, each of a sequence of its own
 HEADS = (64, 80, 96, 128, 256)
 SIZES = (
@@ -109,11 +110,12 @@ class Notes(Device):
 def specials(arch: str) -> list[Special]:
     """One specialization per kernel and kind that the runtime asks for on `arch`."""
     kinds: dict[tuple[Any, ...], Special] = {}
-    for dtype in ("bfloat16", "float32"):
+    for dtype, modes in MODES.items():
         notes = Notes(arch, dtype)
-        for mode in MODES:
-            run(notes, config_of("llama-3.2-1b"), mode, "bfloat16" if mode != "fp32" else "float32")
-        for head, cache in itertools.product(HEADS if arch == "sm_90a" else (128,), ("int8", "fp8_e4m3")):
+        for mode in modes:
+            run(notes, config_of("llama-3.2-1b"), mode, {"fp32": "float32", "fp16": "float16"}.get(mode, "bfloat16"))
+        heads = HEADS if arch == "sm_90a" and dtype != "float16" else (128,)
+        for head, cache in itertools.product(heads, ("int8", "fp8_e4m3")):
             run(notes, replace(config_of("llama-3.2-1b"), head_dim=head), "bf16", cache)
         for special in notes.seen:
             kinds.setdefault(special.kind, special)
@@ -124,7 +126,7 @@ def run(notes: Notes, config: ModelConfig, mode: str, cache: str) -> None:
     """One layer of `mode` in every kind of step."""
     small = replace(config, num_layers=1)
     model = DeviceModel.upload(notes, random_model(notes, small, parse_mode(mode)))
-    dtypes = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+    dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
     kind = np.dtype(dtypes.get(cache, ml_dtypes.float8_e4m3fn))
     pages = notes.empty((64, small.num_kv_heads, PAGE, small.head_dim), kind)
     scale = notes.empty((small.num_kv_heads,), np.float32)
