@@ -36,8 +36,9 @@ from quantbench.infer.models import ModelConfig
 from quantbench.infer.ops import PAGE
 from quantbench.vocabulary import parse_mode
 
+# by dtype between operations
 ALL = ("fp32", "bf16", "fp16", "a8w8", "a8w8_fp8", "weight_only_int8", "weight_only_int4")
-MODES = {"bfloat16": ALL, "float32": ALL, "float16": ("fp16", "a8w8", "weight_only_int4")}  # by dtype between operations
+MODES = {"bfloat16": ALL, "float32": ALL, "float16": ("fp16", "a8w8", "weight_only_int4")}
 STEPS = ((1, True), (32, True), (256, True), (512, False))  # tokens, each of a sequence of its own
 HEADS = (64, 80, 96, 128, 256)
 SIZES = (

@@ -80,7 +80,7 @@ def bench(
     config: Annotated[str | None, typer.Option("--config", help="With --random-weights: llama-3-8b, …")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="On a GPU, without a checkpoint.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Where a step goes, by operation.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="Between operations: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="Between operations: bfloat16, float16, float32.")] = "bfloat16",
     json: Json = False,
 ) -> None:
     """Prefill and decode speed against this machine's measured ceilings; the first mode is the baseline."""
