@@ -127,6 +127,14 @@ class Engine:
             logits[start : start + len(part)] = part
         return logits
 
+    def likelihood(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Log-probabilities f64[T - 1] of the tokens of one window after its first, each given those before it. On a
+        GPU they are taken there, and T numbers leave it instead of T·V.
+
+        Raises RequestError as `score` does.
+        """
+        return self.runner.likelihood(ids)
+
     def score_chunks(self, ids: Sequence[int]) -> Iterator[tuple[int, F32]]:
         """`score`, one (start, logits f32[chunk, V]) at a time, where T·V floats are too many to hold."""
         return self.runner.score(ids)

@@ -186,9 +186,12 @@ class _Run:
         scores, divergent, total = Scores(), self.tasks.divergent(), self.tasks.steps()
         self.file.rewind()
         for key, window in self.tasks.windows().items():
-            logits = engine.score(window.tolist())
-            normaliser = Normaliser.of(logits)
-            scores.nll[key] = token_nll(logits, window, normaliser)
+            if key in divergent:
+                logits = engine.score(window.tolist())
+                normaliser = Normaliser.of(logits)
+                scores.nll[key] = token_nll(logits, window, normaliser)
+            else:
+                scores.nll[key] = -engine.likelihood(window.tolist())  # a GPU sends one number per token, not V
             if not np.isfinite(scores.nll[key]).all():
                 raise CheckpointError(
                     f"{self.name}: NaN or Inf among its logits; `quantbench lint` on the checkpoint names the tensor"

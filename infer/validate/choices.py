@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from quantbench.errors import DataError, RequestError
-from quantbench.infer.validate.likelihood import F64, token_nll
+from quantbench.infer.validate.likelihood import F64
 
 
 class Encoder(Protocol):
@@ -25,6 +25,8 @@ class Scorer(Protocol):
     """What accuracy needs of an Engine."""
 
     def score(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+    def likelihood(self, ids: Sequence[int]) -> F64: ...
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,4 @@ def answer_questions(
 
 
 def _log_likelihood(engine: Scorer, context: tuple[int, ...], tail: tuple[int, ...]) -> float:
-    ids = context + tail
-    logits = engine.score(ids)
-    return -float(token_nll(logits[len(context) - 1 :], ids[len(context) - 1 :]).sum())
+    return float(engine.likelihood(context + tail)[len(context) - 1 :].sum())

@@ -184,6 +184,14 @@ def test_scoring_leaves_running_requests_alone(load: Load) -> None:
     assert got == load("llama").generate([[9, 8, 7]], params)[0].ids
 
 
+def test_likelihood_is_the_log_softmax_of_the_score(load: Load) -> None:
+    ids = [5, 9, 77, 3] * 20
+    engine = load("llama", chunk=16)
+    logits = engine.score(ids).astype(np.float64)[:-1]
+    wanted = np.take_along_axis(logits, np.array(ids[1:])[:, None], 1)[:, 0] - np.logaddexp.reduce(logits, axis=1)
+    assert np.abs(engine.likelihood(ids) - wanted).max() < 1e-5
+
+
 def test_score_chunks_are_the_score(load: Load) -> None:
     engine = load("llama", chunk=30)
     ids = random_prompts(1, 100, seed=8)[0]

@@ -11,6 +11,7 @@ import pytest
 from quantbench.errors import CheckpointError, DataError
 from quantbench.infer.validate.accuracy import AccuracyTasks, TokenSet, cut_windows, evaluate_accuracy
 from quantbench.infer.validate.choices import load_choices
+from quantbench.infer.validate.likelihood import token_nll
 
 VOCAB = 50
 
@@ -25,6 +26,9 @@ class Bigram:
     def score(self, ids):
         self.scored += 1
         return self.table[np.asarray(ids)].copy()
+
+    def likelihood(self, ids):
+        return -token_nll(self.score(ids), ids)
 
 
 def bigram(seed, noise=0.0):

@@ -6,6 +6,7 @@ import pytest
 from quantbench.errors import DataError, RequestError
 from quantbench.infer.validate.accuracy import AccuracyTasks, evaluate_accuracy
 from quantbench.infer.validate.choices import ChoiceSet, Question, answer_questions, load_choices
+from quantbench.infer.validate.likelihood import token_nll
 
 
 class Letters:
@@ -23,6 +24,9 @@ class Constant:
 
     def score(self, ids):
         return np.tile(self.logits, (len(ids), 1))
+
+    def likelihood(self, ids):
+        return -token_nll(self.score(ids), ids)
 
 
 def write(path, *rows):
@@ -124,6 +128,9 @@ def test_questions_that_an_engine_refuses_are_named_with_file_and_line(tmp_path)
             if len(ids) > 12:
                 raise RequestError(f"{len(ids)} tokens; at most 12")
             return np.zeros((len(ids), 128), np.float32)
+
+        def likelihood(self, ids):
+            return -token_nll(self.score(ids), ids)
 
     path = write(
         tmp_path / "q.jsonl",
