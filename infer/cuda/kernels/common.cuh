@@ -112,13 +112,15 @@ DEVICE void encode_all(const float (&x)[V], float scale, float inverse, u8 (&cod
 #if __CUDA_ARCH__ >= 890
     doubtful = false;
 #endif
+    float farthest = 0;  // from its code
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         float q = x[j] * inverse;
-        if constexpr (CODE == INT8) {
-            float code = rintf(q);
-            doubtful |= fabsf(fabsf(q - code) - 0.5f) < 1e-4f;
-            codes[j] = u8(s8(fminf(fmaxf(code, -127.0f), 127.0f)));
+        if constexpr (CODE == INT8) {  // without the slow conversions: the sum's last bits are the rounded number
+            q = fminf(fmaxf(q, -127.25f), 127.25f);
+            float sum = __fadd_rn(q, 12582912.0f);  // 1.5 * 2^23
+            farthest = fmaxf(farthest, fabsf(q - (sum - 12582912.0f)));
+            codes[j] = u8(__float_as_uint(sum));
         } else {
 #if __CUDA_ARCH__ >= 890
             u16 both;
@@ -128,7 +130,7 @@ DEVICE void encode_all(const float (&x)[V], float scale, float inverse, u8 (&cod
 #endif
         }
     }
-    if (doubtful) {
+    if (doubtful || farthest > 0.4999f) {
 #pragma unroll
         for (int j = 0; j < V; ++j) codes[j] = encode<CODE>(x[j], scale);
     }
@@ -157,27 +159,33 @@ DEVICE void store_one(void* p, s64 i, float x) {
     else ((u16*)p)[i] = u16(pack_two<KIND>(x, x));
 }
 
-// V neighbours as floats, in one access where V allows; p + i is aligned to V elements.
+// V neighbours as they are stored, read in one access where V allows; p + i is aligned to V elements.
 template <int KIND, int V>
-DEVICE void load_vector(const void* p, s64 i, float (&v)[V]) {
-    if constexpr (V == 1) {
-        v[0] = load_one<KIND>(p, i);
-    } else if constexpr (KIND == F32) {
+struct Held {
+    static constexpr int kWords = (V * (KIND == F32 ? 4 : 2) + 3) / 4;
+    u32 words[kWords];
+    DEVICE void load(const void* p, s64 i) {
+        if constexpr (V == 1) {
+            words[0] = KIND == F32 ? ((const u32*)p)[i] : ((const u16*)p)[i];
+        } else if constexpr (kWords % 4 == 0) {
 #pragma unroll
-        for (int j = 0; j < V; j += 4) {
-            float4 four = *(const float4*)((const float*)p + i + j);
-            v[j] = four.x, v[j + 1] = four.y, v[j + 2] = four.z, v[j + 3] = four.w;
-        }
-    } else {
-        u32 words[V / 2];
-        if constexpr (V == 8) *(uint4*)words = *(const uint4*)((const u16*)p + i);
-        else *(uint2*)words = *(const uint2*)((const u16*)p + i);
-#pragma unroll
-        for (int j = 0; j < V / 2; ++j) {
-            v[2 * j] = KIND == BF16 ? __uint_as_float(words[j] << 16) : f16_to_float(u16(words[j]));
-            v[2 * j + 1] = KIND == BF16 ? __uint_as_float(words[j] & 0xffff0000u) : f16_to_float(u16(words[j] >> 16));
+            for (int w = 0; w < kWords; w += 4) *(uint4*)(words + w) = *((const uint4*)((const u8*)p + i * (KIND == F32 ? 4 : 2)) + w / 4);
+        } else {
+            *(uint2*)words = *(const uint2*)((const u16*)p + i);
         }
     }
+    DEVICE float at(int j) const {
+        if constexpr (KIND == F32) return __uint_as_float(words[j]);
+        else if constexpr (KIND == BF16) return __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+        else return f16_to_float(u16(j % 2 ? words[j / 2] >> 16 : words[j / 2]));
+    }
+};
+template <int KIND, int V>
+DEVICE void load_vector(const void* p, s64 i, float (&v)[V]) {
+    Held<KIND, V> held;
+    held.load(p, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = held.at(j);
 }
 template <int KIND, int V>
 DEVICE void store_vector(void* p, s64 i, const float (&v)[V]) {

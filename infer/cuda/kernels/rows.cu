@@ -28,6 +28,11 @@ constexpr int kPart = WIDTH / PARTS, kVectors = kPart / V, kChunks = (kVectors +
 
 struct Row {
     float v[kChunks][V];
+    DEVICE float at(int chunk, int j) const { return v[chunk][j]; }
+};
+struct Stored {  // a row as it came: half the registers
+    Held<IO, V> v[kChunks];
+    DEVICE float at(int chunk, int j) const { return v[chunk].at(j); }
 };
 
 DEVICE int row_number() { return blockIdx.x / PARTS; }
@@ -36,12 +41,20 @@ DEVICE bool holds(int chunk) { return chunk * THREADS + int(threadIdx.x) < kVect
 DEVICE int column(int chunk) { return (chunk * THREADS + int(threadIdx.x)) * V; }
 
 // Stores the row as the macros say. Codes follow the reference: absmax / 127 (448), division, round half to even.
-DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scales, float given, u32* bad) {
+template <typename ROW>
+DEVICE void emit(const ROW& row, s64 start, void* values, u8* codes, float* scales, float given, u32* bad) {
     __shared__ u32 shared[32];
+    auto take = [&](int chunk, float(&v)[V]) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) v[j] = row.at(chunk, j);
+    };
     if constexpr (FORMAT == 0 || KEEP) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-            if (holds(c)) store_vector<IO>(values, start + column(c), row.v[c]);
+        for (int c = 0; c < kChunks; ++c) {
+            float v[V];
+            take(c, v);
+            if (holds(c)) store_vector<IO>(values, start + column(c), v);
+        }
     }
     if constexpr (FORMAT != 0) {
         u32 top = 0;  // of the magnitudes' bits: NaN and infinity compare above every number
@@ -49,7 +62,7 @@ DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scal
         for (int c = 0; c < kChunks; ++c)
 #pragma unroll
             for (int j = 0; j < V; ++j)
-                if (holds(c)) top = max(top, __float_as_uint(row.v[c][j]) & 0x7fffffffu);
+                if (holds(c)) top = max(top, __float_as_uint(row.at(c, j)) & 0x7fffffffu);
         float scale = given;
         if constexpr (!STATIC) {
             top = block_max<THREADS>(top, shared);
@@ -65,8 +78,10 @@ DEVICE void emit(const Row& row, s64 start, void* values, u8* codes, float* scal
         float inverse = __frcp_rn(scale);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
+            float v[V];
             u8 q[V];
-            encode_all<FORMAT>(row.v[c], scale, inverse, q);
+            take(c, v);
+            encode_all<FORMAT>(v, scale, inverse, q);
             if (holds(c)) store_codes<V>(codes, start + column(c), q);
         }
     }
@@ -111,11 +126,11 @@ KERNEL void __launch_bounds__(THREADS) add_norm(float* x, const void* delta, con
 KERNEL void __launch_bounds__(THREADS) CLUSTER quantize(const void* x, u8* codes, float* scales, float given, u32* bad) {
     let_successor_start();
     wait_for_predecessor();
-    Row row;
+    Stored row;
     s64 start = s64(row_number()) * WIDTH + first_column();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-        if (holds(c)) load_vector<IO>(x, start + column(c), row.v[c]);
+        if (holds(c)) row.v[c].load(x, start + column(c));
     emit(row, start, nullptr, codes, scales, given, bad);
 }
 
