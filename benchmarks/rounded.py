@@ -64,7 +64,7 @@ def _block(source: ModelSource, variant: VariantPlan, layer: int) -> dict[str, n
             continue
         parts = linear_tensors(plan, round_to_nearest(weight, plan.weights, load_ops("cpu")))
         found |= {f"{linear}.{part}": array for part, array in parts.items()}
-    if variant.cache.quantized:
+    if variant.cache.calibrated:
         scales = np.full(source.config.num_kv_heads, CACHE_SCALE, np.float32)
         found |= cache_tensors(scales, scales)
     return found

@@ -66,7 +66,7 @@ def apply_block(
     for name, value in folded.items():
         if name not in quantized:
             result[f"{prefix}.{name}"] = _stored(f"{prefix}.{name}", value, variant.dtype)
-    if variant.cache.quantized:
+    if variant.cache.calibrated:
         result |= _cache_scales(prefix, table)
     return result
 

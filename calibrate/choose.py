@@ -98,7 +98,7 @@ def _observed(block: Block, table: ScaleTable, reobserve: Reobserve | None) -> d
 def _observers(block: Block, tap: str) -> set[str]:
     plans = [p for line in LINEARS if line.tap == tap and (p := block.plan(line.name))]
     names = {p.activation_observer for p in plans if p.activations and not p.dynamic}
-    if tap in ("k", "v") and block.variant.cache.quantized:
+    if tap in ("k", "v") and block.variant.cache.calibrated:
         names.add(block.variant.cache.observer)
     return names
 
@@ -164,19 +164,25 @@ def static_input(plan: LayerPlan, shared: InputRange, group: Sequence[LayerPlan]
 
 
 def dynamic_input(plan: LayerPlan) -> Entry:
+    return _dynamic(f"{plan.name}.input", "input", str(plan.activations), "token")
+
+
+def _dynamic(name: str, kind: str, format: str, per: str) -> Entry:
+    """What has no scale before it is served."""
     empty = np.empty(0, np.float32)
-    reason = "one scale per token, taken at run time"
-    return Entry(
-        f"{plan.name}.input", "input", str(plan.activations), "token", empty, None, empty, None, "dynamic", reason, None
-    )
+    reason = f"one scale per {per}, taken at run time"
+    return Entry(name, kind, format, "token", empty, None, empty, None, "dynamic", reason, None)
 
 
 def _caches(block: Block, seen: Mapping[str, Statistics]) -> Iterator[Entry]:
     cache = block.variant.cache
     if not cache.quantized:
         return
-    record = FORMATS[cache.format]
+    record = FORMATS[cache.codes]
     for tap in ("k", "v"):
+        if cache.dynamic:
+            yield _dynamic(f"{block.prefix}.self_attn.{tap}_cache", "cache", record.name, "token and KV head")
+            continue
         statistics = block.tap(seen, tap)
         absmax = range_of(statistics, cache.observer, record.qmax)
         yield Entry(

@@ -19,8 +19,9 @@ from quantbench.infer.checkpoint.source import LinearWeight, ModelSource
 from quantbench.infer.engine.mode import stored_mode
 from quantbench.infer.engine.trace import Tap, Trace
 from quantbench.infer.models import LINEARS, block_prefix
-from quantbench.quantizers.activation import quantize_activation
+from quantbench.quantizers.activation import quantize_activation, quantize_heads
 from quantbench.quantizers.formats import FORMATS
+from quantbench.vocabulary import DYNAMIC
 
 _FLOATS = {
     "float32": np.dtype(np.float32),
@@ -40,7 +41,7 @@ class InputFormat:
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How K and V are held: a float dtype's name, or a format with one scale per KV head, f32[KV]."""
+    """How K and V are held: one of CACHE_FORMATS, where it has static scales with those of each KV head, f32[KV]."""
 
     format: str
     k_scale: Float | None = None
@@ -50,6 +51,10 @@ class CacheFormat:
         """K or V f32[T, KV, d] (`tap` "k" or "v") as the cache holds it: values as they are read, codes and scale."""
         if self.format in _FLOATS:
             return Tap(x.astype(_FLOATS[self.format]).astype(np.float32))
+        if self.format.endswith(DYNAMIC):
+            name = self.format.removesuffix(DYNAMIC)
+            codes, found = quantize_heads(x, name)
+            return Tap(FORMATS[name].decode(codes, found[..., None]), codes, found)
         scale = self.k_scale if tap == "k" else self.v_scale
         assert scale is not None
         record = FORMATS[self.format]
@@ -179,9 +184,7 @@ def _head_input(source: ModelSource, rounded: bool) -> dict[str, InputFormat]:
 
 
 def _cache_format(source: ModelSource, layer: int, override: str | None) -> CacheFormat:
-    scales = source.cache_scales(layer)
-    if scales is None:
+    cache = source.quantization.cache if source.quantization else None
+    if cache is None:
         return CacheFormat(override or stored_mode(source).cache)
-    assert source.quantization is not None
-    assert source.quantization.cache is not None
-    return CacheFormat(source.quantization.cache.format, *scales)
+    return CacheFormat(cache.format, *(source.cache_scales(layer) or ()))

@@ -119,10 +119,12 @@ def _variant_words_used(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         for name, used in {
             "weights": mode.weights in WEIGHT_FORMATS,
             "activations": mode.activations is not None,
-            "cache_kv": mode.cache in ("int8", "fp8_e4m3"),
+            "cache_kv": mode.quantizes_cache,
         }.items():
             if getattr(v, name) is not None and not used:
                 yield ("modes", i, name), f"the mode {v.mode} leaves {_PLAIN[name]} in float"
+        if v.cache_kv is not None and mode.quantizes_cache and not mode.calibrates_cache:
+            yield ("modes", i, "cache_kv"), f"the mode {v.mode} finds a scale for every token as it is written"
 
 
 _PLAIN = {"weights": "weights", "activations": "activations", "cache_kv": "the KV cache"}

@@ -81,7 +81,7 @@ def checkpoint_bytes(variant: VariantPlan, layers: Mapping[str, Shape], facts: M
         plan = variant.layers[name]
         if not (name == HEAD and shares_head and not plan.quantized):
             total += layer_bytes(plan, shape)
-    scales = 2 * facts.num_kv_heads * facts.num_layers * 4 if variant.cache.quantized else 0  # k_scale, v_scale
+    scales = 2 * facts.num_kv_heads * facts.num_layers * 4 if variant.cache.calibrated else 0  # k_scale, v_scale
     return total + scales
 
 

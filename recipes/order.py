@@ -39,7 +39,7 @@ ORDER: dict[str, Place] = {
 _NEEDS: dict[str, tuple[str, Callable[[Mode], bool]]] = {
     "weights": ("quantizes weights", lambda m: m.weights not in FLOAT_DTYPES),
     "inputs": ("quantizes the inputs of linears", lambda m: m.activations is not None),
-    "cache": ("quantizes the KV cache", lambda m: m.cache in ("int8", "fp8_e4m3")),
+    "cache": ("quantizes the KV cache", lambda m: m.quantizes_cache),
 }
 
 

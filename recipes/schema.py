@@ -40,7 +40,7 @@ def _rule_mode(value: str) -> str:
     if value != "float":
         if value not in MODES:
             raise ValueError(unknown("mode", value, ["float", *MODES]))
-        if value.endswith(("c8", "c8_fp8")):
+        if MODES[value].quantizes_cache:
             raise ValueError(f"{value!r} also sets the KV cache, which is not per layer: write the part before c8")
     return value
 

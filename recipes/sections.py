@@ -104,7 +104,7 @@ class ActivationsPatch(Section):
 
 
 class CacheKV(Section):
-    """How the KV cache is quantized, where the mode ends in c8 or c8_fp8."""
+    """How the KV cache is quantized, where the mode ends in c8 or c8_fp8 (_dynamic leaves nothing to choose)."""
 
     granularity: CacheGranularity = Field(
         default="head", description="One static scale per KV head, for keys and for values."

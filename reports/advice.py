@@ -240,5 +240,6 @@ def cache_finding(variant: str, losses: Mapping[str, float | None]) -> Finding |
         return None
     worst = min(low, key=lambda name: (low[name], name))
     what = f"{worst} keeps {decibel(low[worst])}; {decibel(CACHE_DB)} is expected ({len(low)} caches are below)"
-    advice = ("cache_kv: {observer: percentile}", "an fp8 cache: mode suffix c8_fp8")
+    dynamic = "a scale per token: mode suffix c8_dynamic or c8_fp8_dynamic"
+    advice = ("cache_kv: {observer: percentile}", "an fp8 cache: mode suffix c8_fp8", dynamic)
     return Finding("warn", "noisy_cache", variant, None, what, advice)

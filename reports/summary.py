@@ -19,6 +19,7 @@ _FORMAT = {
     "float16": "float16",
 }
 _FLOATS = ("float32", "bfloat16", "float16")
+_DYNAMIC = "_dynamic"  # behind the format of a cache
 _PER = {"tensor": "tensor", "channel": "output channel", "block": "128x128 block", "head": "KV head"}
 
 
@@ -82,8 +83,9 @@ def _activation_words(planned: files.PlannedVariant, dtype: str) -> str:
 
 
 def _cache_words(cache: Mapping[str, Any]) -> str:
-    name = str(cache.get("format", "float32"))
-    per = _PER.get(str(cache.get("granularity", "head")), "head")
+    held = str(cache.get("format", "float32"))
+    name = held.removesuffix(_DYNAMIC)
+    per = "token and KV head" if held != name else _PER.get(str(cache.get("granularity", "head")), "head")
     return f"{_FORMAT.get(name, name)} KV cache" + ("" if name in _FLOATS else f" per {per}")
 
 

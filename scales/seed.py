@@ -21,7 +21,7 @@ _CACHE = {"k_cache": "cachek_matmul", "v_cache": "cachev_matmul"}
 
 
 def seed_tables(table: ScaleTable, family_name: str, queries_per_kv_head: int = 1) -> dict[str, SeedTable]:
-    """File name -> table. PaddleNLP has no place for dynamic inputs, group or block scales and transforms.
+    """File name -> table. PaddleNLP has no place for dynamic inputs and caches, group or block scales and transforms.
 
     act: one float per linear with a static input. weight: list[out] per channel, one float per tensor. cachekv:
     a list as long as the *query* heads (each KV head's value `queries_per_kv_head` times), because PaddleNLP observes
@@ -37,7 +37,7 @@ def seed_tables(table: ScaleTable, family_name: str, queries_per_kv_head: int = 
             weight[f"{name}.weight_quanter"] = float(absmax[0])
         elif entry.kind == "weight" and entry.granularity == "channel":
             weight[f"{name}.weight_quanter"] = [float(v) for v in absmax[:, 0]]
-        elif entry.kind == "cache":
+        elif entry.kind == "cache" and entry.granularity == "head":
             key = f"{name}.{_CACHE[entry.name.rsplit('.', 1)[1]]}.activation_quanter"
             cache[key] = [float(v) for v in np.repeat(absmax, queries_per_kv_head)]
     return dict(zip(FILES, (act, weight, cache), strict=True))

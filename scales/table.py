@@ -35,7 +35,7 @@ class Entry:
     kind        name                                             granularity and shape of scale
     weight      model.layers.0.self_attn.q_proj.weight           tensor [1], channel [N, 1], group [N, K/G], block
     input       model.layers.0.self_attn.q_proj.input            tensor [1]; token [0] (dynamic: decided at run time)
-    cache       model.layers.0.self_attn.k_cache, ….v_cache      head [KV]
+    cache       model.layers.0.self_attn.k_cache, ….v_cache      head [KV]; token [0] (dynamic)
     transform   model.layers.0.input_layernorm.smooth            channel [C]: the norm's output is divided by scale
     offset      model.layers.0.self_attn.v_proj.shift            channel [C]: its output moves down by scale
                 model.layers.0.attn_in.bias_correction           channel [C]: absmax is the input's mean, scale that of

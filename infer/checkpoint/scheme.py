@@ -14,7 +14,7 @@ from typing import Any
 from quantbench.errors import CheckpointError
 from quantbench.infer.checkpoint.tensors import packed
 from quantbench.quantizers.formats import FORMATS
-from quantbench.vocabulary import BLOCK_SHAPE, CachePlan, LayerPlan, VariantPlan
+from quantbench.vocabulary import BLOCK_SHAPE, DYNAMIC, CachePlan, LayerPlan, VariantPlan
 
 VERSION = "0.19.0"  # of the layout, not of a library that we use
 _ARGS: dict[str, Any] = {
@@ -89,6 +89,8 @@ def _group(plan: LayerPlan) -> dict[str, Any]:
 
 
 def _cache_args(cache: CachePlan) -> dict[str, Any]:
+    if cache.dynamic:
+        return _args(cache.codes, strategy="token", dynamic=True, observer=None)
     strategy = "attn_head" if cache.granularity == "head" else "tensor"
     return _args(cache.format, strategy=strategy, observer="static_minmax")
 
@@ -147,12 +149,18 @@ def _parse_cache(args: Mapping[str, Any] | None, problems: list[str]) -> CachePl
     known = {"tensor": "tensor", "attn_head": "head"}
     fmt = _format(key, args, problems)
     strategy = args.get("strategy") or "tensor"
-    if strategy not in known:
-        problems.append(f"{key}.strategy: {strategy!r} is not supported; allowed: {', '.join(known)}")
-    if args.get("dynamic") or not args.get("symmetric", True):
-        problems.append(f"{key}: only static symmetric scales are supported")
+    dynamic = args.get("dynamic", False)
+    if (strategy, dynamic) not in (*((word, False) for word in known), ("token", True)):
+        problems.append(
+            f"{key}.strategy: {strategy!r} with dynamic {dynamic} is not supported; "
+            f"allowed: {', '.join(known)} with dynamic false, token with dynamic true"
+        )
+    if not args.get("symmetric", True):
+        problems.append(f"{key}.symmetric: false is not supported; keys and values have no zero point")
     if fmt == "int4":
         problems.append(f"{key}.num_bits: 4 is not supported; allowed: 8")
+    if dynamic:
+        return CachePlan(f"{fmt or 'int8'}{DYNAMIC}")
     return CachePlan(fmt or "int8", known.get(strategy, "head"))
 
 

@@ -102,8 +102,9 @@ class ModelSource:
         return LinearWeight(name, self.read(EMBEDDING if tied else f"{name}.weight"), self._bias(name))
 
     def cache_scales(self, layer: int) -> tuple[F32, F32] | None:
-        """Scales of K and V, each f32 [kv_heads], or None where the cache stays float."""
-        if self.quantization is None or self.quantization.cache is None:
+        """Static scales of K and V, each f32 [kv_heads], or None where the cache has none: it is float, or dynamic."""
+        cache = self.quantization.cache if self.quantization else None
+        if cache is None or not cache.calibrated:
             return None
         names = (f"{block_prefix(layer)}.self_attn.{side}_scale" for side in "kv")
         k, v = (np.asarray(self.read(name), np.float32).reshape(-1) for name in names)

@@ -46,8 +46,8 @@ def linear_kinds(plan: LayerPlan, shape: tuple[int, int]) -> Kinds:
 
 
 def cache_kinds(cache: CachePlan, kv_heads: int) -> Kinds:
-    """Scales of a quantized KV cache of one block: name within self_attn -> (shape, dtype)."""
-    if not cache.quantized:
+    """Static scales of the KV cache of one block: name within self_attn -> (shape, dtype)."""
+    if not cache.calibrated:
         return {}
     shape = (kv_heads, 1, 1) if cache.granularity == "head" else (1,)
     return {"k_scale": (shape, _F32), "v_scale": (shape, _F32)}

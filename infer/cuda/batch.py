@@ -33,9 +33,19 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class DeviceCache:
-    """`types.LayerCache` on the device: pages [pages, kv_heads, 64, head_dim], scales f32[kv_heads]."""
+    """`types.LayerCache` on the device: pages [pages, kv_heads, 64, head_dim], scales f32[kv_heads], or dynamic
+    f32[pages, kv_heads, 64]."""
 
     k: DeviceArray
     v: DeviceArray
     k_scale: DeviceArray
     v_scale: DeviceArray
+
+    @property
+    def dynamic(self) -> bool:
+        return len(self.k_scale.shape) == 3
+
+    @property
+    def arrays(self) -> list[DeviceArray]:
+        """Everything that is kept per page, as in `LayerCache`."""
+        return [self.k, self.v, self.k_scale, self.v_scale] if self.dynamic else [self.k, self.v]

@@ -19,20 +19,21 @@ class Pages:
         self.layers = [self._place(layer) for layer in cache.layers]
 
     def _place(self, layer: LayerCache) -> DeviceCache:
-        k, v = (self._device.allocate(side.shape, side.dtype) for side in (layer.k, layer.v))
-        for side in (k, v):  # a page's unused slots are read and masked: they must not hold NaN
-            self._device.fill(side, 0)
-        return DeviceCache(k, v, self._device.upload(layer.k_scale), self._device.upload(layer.v_scale))
+        paged = [self._device.allocate(array.shape, array.dtype) for array in layer.arrays]
+        for array in paged:  # a page's unused slots are read and masked: they must not hold NaN
+            self._device.fill(array, 0)
+        static = [] if layer.dynamic else [self._device.upload(scale) for scale in (layer.k_scale, layer.v_scale)]
+        return DeviceCache(*paged, *static)
 
     def begin(self, pages: list[int]) -> None:
         """Brings what the host wrote into the first pages of a sequence: the prefix."""
         for here, there in zip(self._host.layers, self.layers, strict=True):
             for number in pages[: -(-self._host.prefix_length // here.k.shape[2])]:
-                self._device.write(there.k.rows(number, number + 1), here.k[number])
-                self._device.write(there.v.rows(number, number + 1), here.v[number])
+                for ours, theirs in zip(here.arrays, there.arrays, strict=True):
+                    self._device.write(theirs.rows(number, number + 1), ours[number])
 
     def copy(self, source: int, target: int) -> None:
         """Page `target` becomes a copy of page `source`, in every layer."""
         for layer in self.layers:
-            for side in (layer.k, layer.v):
-                self._device.copy(side.rows(target, target + 1), side.rows(source, source + 1))
+            for array in layer.arrays:
+                self._device.copy(array.rows(target, target + 1), array.rows(source, source + 1))

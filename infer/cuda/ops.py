@@ -125,8 +125,8 @@ class CudaOps:
         weights = None if norms is None else (self._lend(norms[0]), self._lend(norms[1]))
         lent = self._batch(batch, borrowed)
         q = rows.rope_write(self.device, self._floats(qkv), lent, tables, weights, eps, borrowed.cache)
-        cache.k[borrowed.pages] = self.device.fetch(borrowed.cache.k)
-        cache.v[borrowed.pages] = self.device.fetch(borrowed.cache.v)
+        for ours, theirs in zip(cache.arrays, borrowed.cache.arrays, strict=True):
+            ours[borrowed.pages] = self.device.fetch(theirs)
         return self._host(q)
 
     def attention(self, q: Floats, batch: Batch, cache: LayerCache, window: int | None = None) -> Floats:
@@ -161,8 +161,9 @@ class CudaOps:
 
     def _borrow(self, cache: LayerCache, used: npt.NDArray[Any]) -> Borrowed:
         pages = np.unique(used).astype(np.int64)
-        k, v = self._lend(cache.k[pages]), self._lend(cache.v[pages])
-        return Borrowed(DeviceCache(k, v, self._lend(cache.k_scale), self._lend(cache.v_scale)), pages)
+        paged = [self._lend(array[pages]) for array in cache.arrays]
+        static = [] if cache.dynamic else [self._lend(cache.k_scale), self._lend(cache.v_scale)]
+        return Borrowed(DeviceCache(*paged, *static), pages)
 
     def _batch(self, batch: Batch, borrowed: Borrowed) -> DeviceBatch:
         """`batch` with the page numbers of `borrowed`."""

@@ -31,7 +31,7 @@ from quantbench.infer.models import ModelConfig
 from quantbench.infer.models.llama import read_config
 from quantbench.infer.ops import ActSpec
 from quantbench.infer.ops.pack import INT8_DOT
-from quantbench.vocabulary import Mode, parse_mode
+from quantbench.vocabulary import DYNAMIC, Mode, parse_mode
 
 DEVIATION = 0.02  # of weights, about as trained ones
 SPREAD = {INT8: 73.3, INT8_DOT: 73.3, INT4: 4.6, E4M3: 130.0}  # standard deviation of random codes
@@ -146,9 +146,12 @@ def random_engine(name: str, mode: str, ops: CudaOps, batch: int, length: int, c
     cache = KVCache(config, own.cache, limits.cache_tokens, list(scales))
     runner = CudaRunner(ops, model, cache, limits)
     kinds = {"float32": F32, "bfloat16": BF16, "float16": F16, "int8": INT8, "fp8_e4m3": E4M3}
+    codes = own.cache.removesuffix(DYNAMIC)
     for number, layer in enumerate(runner.pages.layers):
         for side in (layer.k, layer.v):
-            fill_random(ops.device, side, kinds[own.cache], 1.0, 1000 + number)
+            fill_random(ops.device, side, kinds[codes], 1.0, 1000 + number)
+        for scale in layer.arrays[2:]:
+            ops.device.write(scale, np.full(scale.shape, CACHE_SCALE[codes], np.float32))
     source = ModelSource(f"{name} (random weights)", Path(name), config, {}, Nothing(), _no_tokenizer)
     return Engine(source, own, runner, Scheduler(cache.pool, batch, chunk, prefix_reuse=False))
 

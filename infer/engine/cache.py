@@ -17,8 +17,10 @@ import numpy.typing as npt
 from quantbench.infer.checkpoint.prefix import Prefix
 from quantbench.infer.models import ModelConfig
 from quantbench.infer.ops import PAGE, LayerCache
+from quantbench.quantizers.activation import quantize_heads
 from quantbench.quantizers.formats import FORMATS
 from quantbench.scales.arrays import Array
+from quantbench.vocabulary import DYNAMIC
 
 _STORAGE: dict[str, npt.DTypeLike] = {
     "float32": np.float32,
@@ -37,18 +39,27 @@ def pages_for(tokens: int) -> int:
 
 
 def token_bytes(config: ModelConfig, cache_format: str) -> int:
-    """Bytes of K and V of one token over all layers."""
-    width = np.dtype(_STORAGE[cache_format]).itemsize
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * width
+    """Bytes of K and V of one token over all layers, with their scales where those are dynamic."""
+    dynamic = cache_format.endswith(DYNAMIC)
+    head = config.head_dim * storage(cache_format).itemsize + (4 if dynamic else 0)
+    return config.num_layers * 2 * config.num_kv_heads * head
+
+
+def storage(cache_format: str) -> np.dtype[np.generic]:
+    """What the pages of a cache hold."""
+    return np.dtype(_STORAGE[cache_format.removesuffix(DYNAMIC)])
 
 
 def allocate_layer(config: ModelConfig, cache_format: str, pages: int, scales: Scales | None) -> LayerCache:
     """K and V pages of one layer, zeroed lazily by the operating system: untouched pages cost no memory."""
-    dtype = np.dtype(_STORAGE[cache_format])
+    dtype = storage(cache_format)
     shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
     raw = {1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize]
-    ones = np.ones(config.num_kv_heads, np.float32)
-    k_scale, v_scale = scales if scales is not None else (ones, ones)
+    if cache_format.endswith(DYNAMIC):
+        k_scale, v_scale = np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)
+    else:
+        ones = np.ones(config.num_kv_heads, np.float32)
+        k_scale, v_scale = scales if scales is not None else (ones, ones)
     return LayerCache(
         k=np.zeros(shape, raw).view(dtype), v=np.zeros(shape, raw).view(dtype), k_scale=k_scale, v_scale=v_scale
     )
@@ -117,7 +128,7 @@ class PagePool:
 
 
 class KVCache:
-    """The pages of every layer. `scales[layer]` are K's and V's of an int8 or fp8 cache, None of a float one.
+    """The pages of every layer. `scales[layer]` are K's and V's static ones, None of a float or dynamic cache.
 
     `prefix` stands in front of every sequence; `spare` pages beyond those of `tokens` are there to hold it.
     """
@@ -139,23 +150,30 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+        return sum(array.nbytes for layer in self.layers for array in layer.arrays)
 
     def begin(self, pages: list[int]) -> None:
         """Puts the prefix into the first slots of a sequence's pages: every sequence fills up the last page of it."""
-        for layer, (k, v) in zip(self.layers, self._prefix, strict=False):  # no prefix, nothing to put
-            for number, start in enumerate(range(0, self.prefix_length, PAGE)):
-                part, count = slice(start, start + PAGE), min(PAGE, self.prefix_length - start)
-                layer.k[pages[number], :, :count], layer.v[pages[number], :, :count] = k[:, part], v[:, part]
+        for layer, held in zip(self.layers, self._prefix, strict=False):  # no prefix, nothing to put
+            for array, values in zip(layer.arrays, held, strict=True):
+                for number, start in enumerate(range(0, self.prefix_length, PAGE)):
+                    count = min(PAGE, self.prefix_length - start)
+                    array[pages[number], :, :count] = values[:, start : start + count]
 
-    def _held(self, prefix: Prefix, number: int) -> tuple[Array, Array]:
-        """K and V [kv_heads, p, head_dim] of one layer as its pages hold them."""
-        layer = self.layers[number]
-        return (
-            _encoded(prefix.k[number], self.format, layer.k.dtype, layer.k_scale),
-            _encoded(prefix.v[number], self.format, layer.v.dtype, layer.v_scale),
-        )
+    def copy(self, source: int, target: int) -> None:
+        """Page `target` of every layer becomes a copy of page `source`."""
+        for array in (array for layer in self.layers for array in layer.arrays):
+            array[target] = array[source]
 
-
-def _encoded(heads: F32, cache_format: str, dtype: np.dtype[np.generic], scale: F32) -> Array:
-    return FORMATS[cache_format].encode(heads, scale[:, None, None]) if dtype.itemsize == 1 else heads.astype(dtype)
+    def _held(self, prefix: Prefix, number: int) -> list[Array]:
+        """What the pages of one layer hold of it, in the order of `LayerCache.arrays`: [kv_heads, p, …] each."""
+        layer, sides = self.layers[number], (prefix.k[number], prefix.v[number])
+        if layer.dynamic:
+            (k, k_scale), (v, v_scale) = (quantize_heads(side, self.format.removesuffix(DYNAMIC)) for side in sides)
+            return [k, v, k_scale, v_scale]
+        if layer.k.dtype.itemsize > 1:
+            return [side.astype(layer.k.dtype) for side in sides]
+        scales = (layer.k_scale, layer.v_scale)
+        return [
+            FORMATS[self.format].encode(side, scale[:, None, None]) for side, scale in zip(sides, scales, strict=True)
+        ]

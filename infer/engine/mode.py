@@ -6,8 +6,7 @@ from collections import Counter
 
 from quantbench.errors import RequestError, unknown
 from quantbench.infer.checkpoint.source import EMBEDDING, ModelSource, Quantization
-from quantbench.infer.engine.convert import FLOATS
-from quantbench.vocabulary import MODES, Mode
+from quantbench.vocabulary import DYNAMIC, MODES, Mode
 
 
 def stored_mode(source: ModelSource) -> Mode:
@@ -47,9 +46,10 @@ def resolve_mode(source: ModelSource, name: str | None) -> tuple[Mode, bool]:
             f"leave the mode out, or load the float model it was made from"
         )
     mode = MODES[name]
-    if mode.cache not in FLOATS:
+    if mode.calibrates_cache:
         raise RequestError(
             f"{source.name}: mode {name!r} holds the KV cache in {mode.cache} with calibrated scales, which a float "
-            f"model does not have; run `quantbench calibrate` with this mode and load its checkpoint"
+            f"model does not have; run `quantbench calibrate` with this mode and load its checkpoint, or take "
+            f"{name + DYNAMIC!r}, whose scales are found per token"
         )
     return mode, True

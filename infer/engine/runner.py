@@ -46,8 +46,7 @@ class Runner:
 
     def copy_page(self, source: int, target: int) -> None:
         """Page `target` of every layer becomes a copy of page `source`."""
-        for layer in self.cache.layers:
-            layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
+        self.cache.copy(source, target)
 
     def compute(self, rows: list[Rows], wanted: list[int]) -> F32:
         """Computes `rows` into the cache. Returns the logits f32[W, V] after the last token of each wanted one."""

@@ -21,7 +21,8 @@ F32 = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Tap:
     """What one tap saw. `values` is the float input before quantization (for `k` and `v`: after it, decoded);
-    `codes` and `scale` (f32[1] static, f32[T] per token, f32[kv_heads] for `k` and `v`) only where it is quantized."""
+    `codes` and `scale` only where it is quantized: f32[1] static, f32[T] per token; for `k` and `v` f32[kv_heads]
+    static, f32[T, kv_heads] dynamic."""
 
     values: F32
     codes: Array | None = None
@@ -51,7 +52,7 @@ def _join(taps: list[Tap]) -> Tap:
     values = np.concatenate([t.values for t in taps])
     if taps[0].codes is None or taps[0].scale is None:
         return Tap(values)
-    per_token = taps[0].scale.shape == (len(taps[0].values),) and taps[0].values.ndim == 2
+    per_token = taps[0].scale.ndim == taps[0].values.ndim - 1 and taps[0].scale.shape[0] == len(taps[0].values)
     scale = np.concatenate([t.scale for t in taps if t.scale is not None]) if per_token else taps[0].scale
     return Tap(values, np.concatenate([t.codes for t in taps if t.codes is not None]), scale)
 
@@ -115,9 +116,11 @@ class Recorder:
         for tap, pages, scale in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
             page, offset = np.divmod(batch.slots, pages.shape[2])
             codes = pages[page, :, offset, :]
-            values = codes.astype(np.float32) * scale[:, None]
-            quantized = codes.dtype.itemsize == 1
-            self.trace.taps[f"{self._layer}.{tap}"] = Tap(values, codes, scale) if quantized else Tap(values)
+            if codes.dtype.itemsize > 1:
+                self.trace.taps[f"{self._layer}.{tap}"] = Tap(codes.astype(np.float32))
+                continue
+            own = scale[page, :, offset] if cache.dynamic else scale
+            self.trace.taps[f"{self._layer}.{tap}"] = Tap(codes.astype(np.float32) * own[..., None], codes, own)
         return q
 
     def attention(self, q: F32, batch: Batch, cache: LayerCache, window: int | None = None) -> F32:

@@ -23,6 +23,8 @@ using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Floats = Array<float, 2>;
 using ConstFloats = Array<const float, 2>;
 using ConstVector = Array<const float, 1>;
+using Scales = nb::ndarray<float, nb::c_contig, nb::device::cpu>;             // of a cache: static or dynamic, told apart by ndim
+using ConstScales = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<nb::c_contig, nb::device::cpu>;              // codes and pages: dtype told apart by a kind
 using ConstBytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 

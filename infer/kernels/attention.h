@@ -199,20 +199,23 @@ static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head
     const int32_t* table = a.tables + sequence * a.table_width;
     t.queries = rows * heads;
     t.padded = (c.size + W - 1) / W * W;
-    load_queries(t, a, row, rows, head, heads, float(1.0 / __builtin_sqrt(double(c.size))) * c.k_scale[kv_head] * scale_of(c.kind));
+    float k_scale = c.dynamic ? 1.0f : c.k_scale[kv_head], v_scale = c.dynamic ? 1.0f : c.v_scale[kv_head];
+    load_queries(t, a, row, rows, head, heads, float(1.0 / __builtin_sqrt(double(c.size))) * k_scale * scale_of(c.kind));
     bool direct = t.queries <= kFew && c.size % W == 0;
     int64_t oldest = a.window ? larger(0, position - a.window + 1) : 0, newest = position + rows;
     for (int64_t base = oldest / kPage * kPage; base < newest; base += kPage) {
         int64_t from = larger(oldest - base, 0), to = smaller(kPage, newest - base);
         Sight sight{position, a.window, base, heads};
-        int64_t at = (table[base / kPage] * c.heads + kv_head) * kPage * token_bytes;
+        int64_t place = (table[base / kPage] * c.heads + kv_head) * kPage, at = place * token_bytes;
         if (direct) {
             prefetch(c.v + at + from * token_bytes, (to - from) * token_bytes);
             few_queries_of(c.kind, t, false, c.k + at, c.size, from, to);
         } else {
             score_pages(t, c.k + at, c.kind, c.size, from, to, sight);
         }
+        if (c.dynamic) scale_scores(t, c.k_scale + place);
         soften(t, sight);
+        if (c.dynamic) scale_scores(t, c.v_scale + place);
         if (direct) {
             if (base + kPage < newest) {
                 int64_t next = (table[base / kPage + 1] * c.heads + kv_head) * kPage * token_bytes;
@@ -225,7 +228,7 @@ static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head
     }
     for (int64_t q = 0; q < t.queries; ++q) {
         float* out = a.out + ((row + q / heads) * a.q_heads + head + q % heads) * c.size;
-        float scale = c.v_scale[kv_head] * scale_of(c.kind) / t.sum[q];
+        float scale = v_scale * scale_of(c.kind) / t.sum[q];
         for (int64_t i = 0; i < c.size; i += W) store_upto(out + i, load(t.output(q) + i) * scale, c.size - i);
     }
 }

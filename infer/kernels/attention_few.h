@@ -12,7 +12,7 @@ constexpr float kMasked = -3e38f;
 
 // Rows of q, out, k and v are `padded` floats apart: at a distance of 1 KiB they would share few sets of the cache.
 struct AttentionTile {
-    alignas(64) float q[kQueries * kHeadBlock];      // scaled by k_scale / sqrt(d)
+    alignas(64) float q[kQueries * kHeadBlock];      // scaled by 1 / sqrt(d), and by a static k_scale
     alignas(64) float out[kQueries * kHeadBlock];
     alignas(64) float k[kPage * kHeadBlock];         // [key][d] for few queries, [d][key] for many
     alignas(64) float v[kPage * kHeadBlock];         // [key][d]

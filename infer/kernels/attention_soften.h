@@ -25,6 +25,13 @@ QB_INLINE bool hide(AttentionTile& t, int64_t q, int64_t from, int64_t to, float
     return true;
 }
 
+// Scores of keys, or weights of values, times the scales of the page's tokens: what a dynamic cache does instead of
+// scaling queries and outputs. Of tokens that no query sees, whatever comes out is not read.
+static void scale_scores(AttentionTile& t, const float* scale) {
+    for (int64_t q = 0; q < t.queries; ++q)
+        for (int64_t j = 0; j < kPage; j += W) store(t.scores[q] + j, load(t.scores[q] + j) * load(scale + j));
+}
+
 // Scores become weights e^(s - top), those of keys that a query does not see 0; what was summed before is rescaled to the
 // new top. In two passes over the queries, so that the reductions of one do not wait for the exponentials of another.
 static void soften(AttentionTile& t, const Sight& sight) {

@@ -10,14 +10,19 @@ using Index64 = Array<const int64_t, 1>;
 
 inline int64_t element_size(int kind) { return kind == 0 ? 4 : kind <= 2 ? 2 : 1; }
 
-template <class B>
-Cache cache_of(int kind, const B& k, const B& v, const ConstVector& k_scale, const ConstVector& v_scale) {
+template <class B, class S>
+Cache cache_of(int kind, const B& k, const B& v, const S& k_scale, const S& v_scale) {
     require(k.ndim() == 4 && v.ndim() == 4 && k.shape(2) == size_t(kPage) && k.shape(3) <= 256 && k.shape(3) % 2 == 0,
             "k and v must be [pages, kv_heads, 64, head_dim] with an even head_dim of at most 256");
     for (size_t i = 0; i < 4; ++i) require(k.shape(i) == v.shape(i), "k and v differ in shape");
     require(int64_t(k.itemsize()) == element_size(kind) && int64_t(v.itemsize()) == element_size(kind), "cache element size");
-    require(k_scale.shape(0) == k.shape(1) && v_scale.shape(0) == k.shape(1), "one cache scale per KV head");
-    return {CacheKind(kind), (uint8_t*)k.data(), (uint8_t*)v.data(), k_scale.data(), v_scale.data(),
+    bool dynamic = k_scale.ndim() == 3;
+    require(!dynamic || CacheKind(kind) >= CacheKind::int8, "a float cache has no dynamic scales");
+    for (const S* scale : {&k_scale, &v_scale})
+        require(dynamic ? scale->ndim() == 3 && scale->shape(0) == k.shape(0) && scale->shape(1) == k.shape(1) && scale->shape(2) == size_t(kPage)
+                        : scale->ndim() == 1 && scale->shape(0) == k.shape(1),
+                "cache scales must be [kv_heads], or dynamic: [pages, kv_heads, 64]");
+    return {CacheKind(kind), (uint8_t*)k.data(), (uint8_t*)v.data(), (float*)k_scale.data(), (float*)v_scale.data(), dynamic,
             int64_t(k.shape(1)), int64_t(k.shape(3))};
 }
 

@@ -88,7 +88,7 @@ int64_t Kernels::silu_mul(ConstFloats gate_up, std::optional<Floats> values, int
 void Kernels::rope_write(ConstFloats qkv, Array<const int32_t, 1> positions, Array<const int64_t, 1> slots,
                          ConstFloats cos, ConstFloats sin, std::optional<ConstVector> q_norm,
                          std::optional<ConstVector> k_norm, double eps, int kind, Bytes k, Bytes v,
-                         ConstVector k_scale, ConstVector v_scale, Floats q) const {
+                         Scales k_scale, Scales v_scale, Floats q) const {
     Cache cache = cache_of(kind, k, v, k_scale, v_scale);
     int64_t t = int64_t(qkv.shape(0)), heads = int64_t(qkv.shape(1)) / cache.size - 2 * cache.heads;
     require(heads > 0 && int64_t(qkv.shape(1)) == (heads + 2 * cache.heads) * cache.size, "qkv must be [T, (H + 2 KV) d]");
@@ -104,8 +104,8 @@ void Kernels::rope_write(ConstFloats qkv, Array<const int32_t, 1> positions, Arr
 }
 
 void Kernels::attention(ConstFloats q, Array<const int32_t, 1> starts, Array<const int32_t, 1> context,
-                        Array<const int32_t, 2> tables, int kind, ConstBytes k, ConstBytes v, ConstVector k_scale,
-                        ConstVector v_scale, int64_t window, Floats out) const {
+                        Array<const int32_t, 2> tables, int kind, ConstBytes k, ConstBytes v, ConstScales k_scale,
+                        ConstScales v_scale, int64_t window, Floats out) const {
     Cache cache = cache_of(kind, k, v, k_scale, v_scale);
     int64_t heads = int64_t(q.shape(1)) / cache.size;
     require(int64_t(q.shape(1)) == heads * cache.size && heads % cache.heads == 0 && heads > 0, "q must be [T, H d]");

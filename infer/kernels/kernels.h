@@ -22,10 +22,10 @@ public:
                      std::optional<Bytes> codes, std::optional<Array<float, 1>> scales) const;
     void rope_write(ConstFloats qkv, Array<const int32_t, 1> positions, Array<const int64_t, 1> slots, ConstFloats cos,
                     ConstFloats sin, std::optional<ConstVector> q_norm, std::optional<ConstVector> k_norm, double eps,
-                    int kind, Bytes k, Bytes v, ConstVector k_scale, ConstVector v_scale, Floats q) const;
+                    int kind, Bytes k, Bytes v, Scales k_scale, Scales v_scale, Floats q) const;
     void attention(ConstFloats q, Array<const int32_t, 1> starts, Array<const int32_t, 1> context,
-                   Array<const int32_t, 2> tables, int kind, ConstBytes k, ConstBytes v, ConstVector k_scale,
-                   ConstVector v_scale, int64_t window, Floats out) const;
+                   Array<const int32_t, 2> tables, int kind, ConstBytes k, ConstBytes v, ConstScales k_scale,
+                   ConstScales v_scale, int64_t window, Floats out) const;
     void embed(const PackedWeight& table, Array<const int32_t, 1> ids, Floats out) const;
     int64_t observe(ConstFloats x, int64_t rows, ConstVector limit, Array<float, 1> channel_absmax,
                     Array<double, 1> channel_sum, Array<float, 1> minimum, Array<float, 1> maximum,

@@ -112,7 +112,8 @@ double cache_bytes(const Attention& a) {
     static constexpr int64_t element[] = {4, 2, 2, 1, 1};
     int64_t tokens = 0;
     for (int64_t s = 0; s < a.sequences; ++s) tokens += a.window ? std::min<int64_t>(a.window, a.context[s]) : a.context[s];
-    return double(tokens) * double(2 * a.cache.heads * a.cache.size * element[int(a.cache.kind)]);
+    int64_t head = a.cache.size * element[int(a.cache.kind)] + (a.cache.dynamic ? 4 : 0);
+    return double(tokens) * double(2 * a.cache.heads * head);
 }
 
 void run_attention(const Table& table, const Attention& a) {

@@ -44,19 +44,22 @@ QB_INLINE void encode_run(const float* x, int64_t n, float scale, Quant format, 
     }
 }
 
+// The scale that a row of so large values has where it is dynamic; NaN where one of them is NaN or infinite.
+QB_INLINE float dynamic_scale(int32_t bits, Quant format) {
+    float absmax;
+    std::memcpy(&absmax, &bits, 4);
+    if (bits >= kInfinityBits) return absmax - absmax;
+    float scale = absmax / (format == Quant::int8 ? 127.0f : 448.0f);
+    return scale < kSmallestScale ? 1.0f : scale;
+}
+
 // One row; false where it holds a NaN or an infinity.
 static bool quantize_row(const float* x, int64_t width, const Quantize& q, int64_t row) {
     if (q.format == Quant::none) return true;
     int32_t bits = absmax_bits(x, width);
     if (bits >= kInfinityBits) return false;
     float scale = q.static_scale;
-    if (q.dynamic) {
-        float absmax;
-        std::memcpy(&absmax, &bits, 4);
-        scale = absmax / (q.format == Quant::int8 ? 127.0f : 448.0f);
-        if (scale < kSmallestScale) scale = 1.0f;
-        q.scale[row] = scale;
-    }
+    if (q.dynamic) scale = q.scale[row] = dynamic_scale(bits, q.format);
     encode_run(x, width, scale, q.format, (uint8_t*)q.codes + row * width);
     return true;
 }
@@ -191,6 +194,10 @@ static void rope_heads(const RopeWrite& r, int64_t t, int64_t first, int64_t las
     const float* row = r.qkv + t * (r.q_heads + 2 * c.heads) * d;
     const float *cos = r.cos + r.positions[t] * (d / 2), *sin = r.sin + r.positions[t] * (d / 2);
     int64_t page = r.slots[t] / kPage, offset = r.slots[t] % kPage;
+    Quant format = c.kind == CacheKind::int8 ? Quant::int8 : Quant::e4m3;  // of what is dynamic
+    auto scale_of = [&](const float* x, float* scales, int64_t h, int64_t place) {
+        return c.dynamic ? scales[place] = dynamic_scale(absmax_bits(x, d), format) : scales[h];
+    };
     auto prepared = [&](int64_t h, const float* norm) {
         const float* x = row + h * d;
         if (!norm) return x;
@@ -199,10 +206,11 @@ static void rope_heads(const RopeWrite& r, int64_t t, int64_t first, int64_t las
     };
     for (int64_t h = first * group; h < last * group; ++h) rotate(prepared(h, r.q_norm), cos, sin, d / 2, r.q + (t * r.q_heads + h) * d);
     for (int64_t h = first; h < last; ++h) {
-        int64_t at = ((page * c.heads + h) * kPage + offset) * d * bytes;
+        int64_t place = (page * c.heads + h) * kPage + offset, at = place * d * bytes;
+        const float* value = row + (r.q_heads + c.heads + h) * d;
         rotate(prepared(r.q_heads + h, r.k_norm), cos, sin, d / 2, turned);
-        store_head(turned, d, c.k_scale[h], c.kind, c.k + at);
-        store_head(row + (r.q_heads + c.heads + h) * d, d, c.v_scale[h], c.kind, c.v + at);
+        store_head(turned, d, scale_of(turned, c.k_scale, h, place), c.kind, c.k + at);
+        store_head(value, d, scale_of(value, c.v_scale, h, place), c.kind, c.v + at);
     }
 }
 

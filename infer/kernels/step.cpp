@@ -55,8 +55,8 @@ Step::Step(const Kernels& kernels, const PackedWeight& embedding, ConstVector no
 
 void Step::add_block(ConstVector attn_norm, const Linears& qkv, std::optional<ConstVector> q_norm,
                      std::optional<ConstVector> k_norm, int64_t window, const Linears& o, ConstVector mlp_norm,
-                     const Linears& gate_up, const Linears& down, int kind, Bytes k, Bytes v, ConstVector k_scale,
-                     ConstVector v_scale) {
+                     const Linears& gate_up, const Linears& down, int kind, Bytes k, Bytes v, Scales k_scale,
+                     Scales v_scale) {
     Cache cache = cache_of(kind, k, v, k_scale, v_scale);
     int64_t q_width = qkv.rows - 2 * cache.heads * cache.size;
     require(q_width > 0 && q_width % (cache.heads * cache.size) == 0, "qkv must be [T, (H + 2 KV) d]");

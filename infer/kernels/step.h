@@ -68,7 +68,7 @@ public:
     Step(const Kernels& kernels, const PackedWeight& embedding, ConstVector norm, const Linears& head, double eps);
     void add_block(ConstVector attn_norm, const Linears& qkv, std::optional<ConstVector> q_norm, std::optional<ConstVector> k_norm,
                    int64_t window, const Linears& o, ConstVector mlp_norm, const Linears& gate_up, const Linears& down,
-                   int kind, Bytes k, Bytes v, ConstVector k_scale, ConstVector v_scale);
+                   int kind, Bytes k, Bytes v, Scales k_scale, Scales v_scale);
     // Logits [R, V] of `rows` of the batch, into `logits`. False where an activation cannot be quantized or a logit is
     // not finite: the caller runs the operations one by one to say where.
     bool run(Index32 ids, Index32 positions, Index64 slots, Index32 starts, Index32 context, Array<const int32_t, 2> tables,
@@ -100,7 +100,7 @@ private:
     double eps_;
     std::vector<Block> blocks_;
     std::vector<Bytes> pages_of_;  // kept alive
-    std::vector<ConstVector> scales_of_;
+    std::vector<Scales> scales_of_;
     int64_t width_, pages_ = 0;
     std::mutex busy_;
     Room x_, delta_, qkv_, q_, attended_, gate_up_, values_, codes_, scales_, own_codes_, own_scales_, last_x_, last_delta_;

@@ -99,7 +99,8 @@ enum class CacheKind : int { f32, bf16, f16, int8, e4m3 };
 struct Cache {
     CacheKind kind;
     uint8_t *k, *v;            // [pages][heads][64][size]
-    const float *k_scale, *v_scale;
+    float *k_scale, *v_scale;  // [heads], read; dynamic: [pages][heads][64], one per token and head, which writing sets
+    bool dynamic;
     int64_t heads, size;
 };
 

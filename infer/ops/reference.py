@@ -27,7 +27,7 @@ from quantbench.infer.ops.types import (
     Packed,
     Weights,
 )
-from quantbench.quantizers.activation import quantize_activation
+from quantbench.quantizers.activation import quantize_activation, quantize_heads
 from quantbench.quantizers.formats import E4M3, FORMATS
 from quantbench.quantizers.weight import QuantizedWeight, dequantize_weight
 
@@ -74,10 +74,16 @@ def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
 
 
 def store(pages: Array, slots: Array, heads: Floats, scale: Floats) -> None:
-    """Write [T, kv_heads, d] into [pages, kv_heads, 64, d], quantized per head where the cache is."""
+    """Write [T, kv_heads, d] into [pages, kv_heads, 64, d], quantized where the cache is: under each head's static
+    scale, or under one per token and head, which is written too. Raises CalibrationError where that would be NaN."""
     format = {np.dtype(np.int8): "int8", E4M3: "fp8_e4m3"}.get(pages.dtype)
-    values = heads.astype(pages.dtype) if format is None else FORMATS[format].encode(heads, scale[None, :, None])
-    pages[slots // PAGE, :, slots % PAGE, :] = values
+    page, offset = np.divmod(slots, PAGE)
+    if format is None:
+        pages[page, :, offset] = heads.astype(pages.dtype)
+    elif scale.ndim == 3:
+        pages[page, :, offset], scale[page, :, offset] = quantize_heads(heads, format)
+    else:
+        pages[page, :, offset] = FORMATS[format].encode(heads, scale[None, :, None])
 
 
 def attend(q: Floats, keys: Floats, values: Floats, first: int, window: int | None) -> Floats:
@@ -157,8 +163,8 @@ class ReferenceOps:
         for s, context in enumerate(batch.context):
             rows = slice(int(batch.starts[s]), int(batch.starts[s + 1]))
             pages = batch.tables[s, : -(-int(context) // PAGE)]
-            k, v = (_gather(a, pages, int(context)) for a in (cache.k, cache.v))
-            k, v = k * cache.k_scale[:, None], v * cache.v_scale[:, None]
+            sides = ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+            k, v = (_gather(side, scale, pages, int(context)) for side, scale in sides)
             heads = q[rows].reshape(rows.stop - rows.start, -1, size)
             first = int(context) - len(heads)
             out[rows] = attend(heads, k, v, first, window).reshape(len(heads), -1)
@@ -173,10 +179,10 @@ def _weights(packed: Packed) -> tuple[LinearWeightLike, ...]:
     return packed.weights
 
 
-def _gather(pages: Array, table: Array, context: int) -> Floats:
-    """[pages, KV, 64, d] -> f32[context, KV, d] of one sequence."""
-    blocks = pages[table].astype(np.float32).transpose(0, 2, 1, 3)
-    return blocks.reshape(-1, *blocks.shape[2:])[:context]
+def _gather(pages: Array, scale: Floats, table: Array, context: int) -> Floats:
+    """[pages, KV, 64, d] -> f32[context, KV, d] of one sequence, as its codes read under their scales."""
+    blocks = pages[table].astype(np.float32) * (scale[table] if scale.ndim == 3 else scale[:, None])[..., None]
+    return blocks.transpose(0, 2, 1, 3).reshape(-1, *blocks.shape[1::2])[:context]
 
 
 def _linear(a: Activation, w: LinearWeightLike) -> Floats:

@@ -61,12 +61,25 @@ class Batch:
 
 @dataclass
 class LayerCache:
-    """The paged K and V of one layer: [pages, kv_heads, 64, head_dim] in f32 | bf16 | f16 | int8 | e4m3."""
+    """The paged K and V of one layer: [pages, kv_heads, 64, head_dim] in f32 | bf16 | f16 | int8 | e4m3.
+
+    Scales of codes are static, [kv_heads], or dynamic, [pages, kv_heads, 64]: one per token and head, which
+    `rope_write` finds and stores. A float cache has static ones.
+    """
 
     k: Array
     v: Array
-    k_scale: Floats  # [kv_heads]; ones where the cache is float
+    k_scale: Floats
     v_scale: Floats
+
+    @property
+    def dynamic(self) -> bool:
+        return self.k_scale.ndim == 3
+
+    @property
+    def arrays(self) -> list[Array]:
+        """Everything that is kept per page, pages first."""
+        return [self.k, self.v, self.k_scale, self.v_scale] if self.dynamic else [self.k, self.v]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The words every stage shares: what a mode means, and what the plan decided for one layer.
 
-A mode is `<base>[c8|c8_fp8]`. The base says how weights and activations of the linears are held, the suffix how
-the KV cache is. A plan holds, per variant (a mode with its settings), one `LayerPlan` per linear: calibration
+A mode is `<base>[c8|c8_fp8][_dynamic]`. The base says how weights and activations of the linears are held, the suffix
+how the KV cache is. A plan holds, per variant (a mode with its settings), one `LayerPlan` per linear: calibration
 decides within it, the scale table carries the decision, quantizers apply it.
 """
 
@@ -15,7 +15,8 @@ from quantbench.errors import RecipeError, unknown
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_FORMATS = ("int8", "int4", "fp8_e4m3")
 ACTIVATION_FORMATS = ("int8", "fp8_e4m3")
-CACHE_FORMATS = ("float32", "bfloat16", "float16", "int8", "fp8_e4m3")
+DYNAMIC = "_dynamic"  # behind a cache format: one scale per token and KV head, found when it is written
+CACHE_FORMATS = (*FLOAT_DTYPES, "int8", "fp8_e4m3", f"int8{DYNAMIC}", f"fp8_e4m3{DYNAMIC}")
 OBSERVERS = ("absmax", "avg", "percentile", "mse", "kl", "ema")
 WEIGHT_OBSERVERS = ("absmax", "mse")
 GRANULARITIES = {
@@ -37,11 +38,20 @@ class Mode:
     name: str
     weights: str
     activations: str | None
-    cache: str
+    cache: str  # of CACHE_FORMATS
 
     @property
     def quantized(self) -> bool:
-        return self.weights not in FLOAT_DTYPES or self.cache in ("int8", "fp8_e4m3")
+        return self.weights not in FLOAT_DTYPES or self.quantizes_cache
+
+    @property
+    def quantizes_cache(self) -> bool:
+        return self.cache not in FLOAT_DTYPES
+
+    @property
+    def calibrates_cache(self) -> bool:
+        """Whether its cache has scales that are known before anything is served."""
+        return self.quantizes_cache and not self.cache.endswith(DYNAMIC)
 
 
 _BASES: dict[str, tuple[str, str | None, str]] = {  # base -> weights, activations, cache without a suffix
@@ -53,7 +63,13 @@ _BASES: dict[str, tuple[str, str | None, str]] = {  # base -> weights, activatio
     "a8w8": ("int8", "int8", "bfloat16"),
     "a8w8_fp8": ("fp8_e4m3", "fp8_e4m3", "bfloat16"),
 }
-_CACHES = {"": None, "c8": "int8", "c8_fp8": "fp8_e4m3"}
+_CACHES = {
+    "": None,
+    "c8": "int8",
+    "c8_fp8": "fp8_e4m3",
+    f"c8{DYNAMIC}": f"int8{DYNAMIC}",
+    f"c8_fp8{DYNAMIC}": f"fp8_e4m3{DYNAMIC}",
+}
 MODES: dict[str, Mode] = {
     base + suffix: Mode(base + suffix, weights, activations, cache or float_cache)
     for base, (weights, activations, float_cache) in _BASES.items()
@@ -92,15 +108,30 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How the KV cache is held: static scales per KV head where `format` is int8 or fp8_e4m3."""
+    """How the KV cache is held: where `format` is int8 or fp8_e4m3, with static scales per KV head; behind either may
+    stand `_dynamic`, for a scale per token and KV head that is found when the token is written."""
 
-    format: str
-    granularity: str = "head"
-    observer: str = "absmax"
+    format: str  # of CACHE_FORMATS
+    granularity: str = "head"  # of static scales
+    observer: str = "absmax"  # of static scales
 
     @property
     def quantized(self) -> bool:
-        return self.format in ("int8", "fp8_e4m3")
+        return self.format not in FLOAT_DTYPES
+
+    @property
+    def dynamic(self) -> bool:
+        return self.format.endswith(DYNAMIC)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has scales that are known before anything is served."""
+        return self.quantized and not self.dynamic
+
+    @property
+    def codes(self) -> str:
+        """The format of its elements."""
+        return self.format.removesuffix(DYNAMIC)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from quantbench.scales.table import ScaleTable
 from quantbench.vocabulary import CachePlan, LayerPlan, VariantPlan, parse_mode
 
 IDS = np.random.default_rng(3).integers(1, 512, 70).astype(np.int32)
-MODES = ["bf16", "bf16c8", "weight_only_int8", "weight_only_int4", "a8w8", "a8w8c8", "a8w8c8_fp8", "a8w8_fp8"]
+MODES = ["bf16", "bf16c8", "weight_only_int8", "weight_only_int4", "a8w8", "a8w8c8", "a8w8c8_fp8", "a8w8_fp8",
+         "bf16c8_dynamic", "a8w8c8_dynamic", "a8w8c8_fp8_dynamic"]  # fmt: skip
 
 
 def tiny() -> ModuleType:

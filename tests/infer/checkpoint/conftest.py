@@ -160,7 +160,7 @@ def block_of(source: Any, variant: VariantPlan, table: ScaleTable, layer: int) -
         scale = float(table[f"{linear}.input"].scale[0]) if f"{linear}.input" in table else None
         parts = linear_tensors(plan, quantize_weight(w, table[f"{linear}.weight"]), scale)
         found |= {f"{name.removesuffix('.weight')}.{part}": array for part, array in parts.items()}
-    if variant.cache.quantized:
+    if variant.cache.calibrated:
         heads = np.arange(1, source.config.num_kv_heads + 1, dtype=np.float32) / 100
         found |= cache_tensors(heads, heads * 2)
     return found

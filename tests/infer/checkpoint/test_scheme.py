@@ -92,9 +92,10 @@ REFUSED = [
     (
         "kv_cache_scheme/strategy",
         "token",
-        "kv_cache_scheme.strategy: 'token' is not supported; allowed: tensor, attn_head",
+        "kv_cache_scheme.strategy: 'token' with dynamic False is not supported; allowed: tensor, attn_head with",
     ),
-    ("kv_cache_scheme/dynamic", True, "kv_cache_scheme: only static symmetric scales are supported"),
+    ("kv_cache_scheme/dynamic", True, "kv_cache_scheme.strategy: 'attn_head' with dynamic True is not supported"),
+    ("kv_cache_scheme/symmetric", False, "kv_cache_scheme.symmetric: false is not supported; keys and values have"),
     ("kv_cache_scheme/num_bits", 4, "kv_cache_scheme.num_bits: 4 is not supported; allowed: 8"),
     (f"{GROUP}/format", "nvfp4-pack-quantized", "format: 'nvfp4-pack-quantized' is not supported; allowed: int-quant"),
     (f"{GROUP}/weights", None, "group_0.weights: absent; only groups that quantize weights are supported"),

@@ -14,6 +14,7 @@ from quantbench.errors import CheckpointError
 from quantbench.infer.checkpoint.lint import lint_checkpoint
 from quantbench.infer.checkpoint.source import open_model
 from quantbench.infer.checkpoint.write import CheckpointWriter
+from quantbench.infer.engine.mode import stored_mode
 from quantbench.quantizers.weight import quantize_weight
 from quantbench.vocabulary import LayerPlan
 
@@ -75,6 +76,20 @@ def test_cache_scales(make_model, write_checkpoint):
     assert v.tolist() == pytest.approx([0.02, 0.04])
     assert back.quantization.cache.format == "int8"
     assert back.read("model.layers.0.self_attn.k_scale").shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize("mode", ["a8w8c8_dynamic", "bf16c8_fp8_dynamic"])
+def test_a_dynamic_cache_stores_no_scales(make_model, write_checkpoint, mode):
+    source = open_model(make_model())
+    path = write_checkpoint(source, variant_of(mode, source))
+    back = open_model(path)
+    assert back.quantization.cache.dynamic
+    assert back.cache_scales(0) is None
+    assert not [name for name in back.names() if name.endswith(("k_scale", "v_scale"))]
+    scheme = json.loads((path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["strategy"], scheme["dynamic"], scheme["num_bits"]) == ("token", True, 8)
+    assert stored_mode(back).name == mode
+    assert not lint_checkpoint(path)
 
 
 def test_the_tokenizer_and_generation_config_come_along(make_model, write_checkpoint):

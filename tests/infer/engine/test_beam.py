@@ -43,8 +43,9 @@ def test_as_many_beams_as_tokens_search_everything(load: Load) -> None:
 
 
 @pytest.mark.parametrize("prompt", [[3] * 60, [3] * 64, [3] * 10])
-def test_scores_are_what_scoring_says_however_beams_split(prompt: list[int], load: Load) -> None:
-    engine = load("llama", chunk=50)
+@pytest.mark.parametrize("mode", ["fp32", "fp32c8_dynamic"])  # the latter copies scales with its pages
+def test_scores_are_what_scoring_says_however_beams_split(prompt: list[int], mode: str, load: Load) -> None:
+    engine = load("llama", mode, chunk=50)
     pages = engine.runner.cache.pool.available
     found = engine.beam_search(prompt, BeamParams(beams=6, max_tokens=12, length_penalty=0.0, ignore_eos=True))
     assert len({tuple(b.ids) for b in found}) == 6

@@ -90,7 +90,10 @@ def test_a_page_is_named_after_its_tokens_and_all_before_them() -> None:
     assert page_key(page_key(b"", ids), ids) != page_key(b"", ids)
 
 
-@pytest.mark.parametrize(("cache_format", "width"), [("float32", 4), ("bfloat16", 2), ("float16", 2), ("int8", 1)])
+@pytest.mark.parametrize(
+    ("cache_format", "width"),
+    [("float32", 4), ("bfloat16", 2), ("float16", 2), ("int8", 1), ("int8_dynamic", 1), ("fp8_e4m3_dynamic", 1)],
+)
 def test_sizes(cache_format: str, width: int) -> None:
     cache = KVCache(CONFIG, cache_format, 65, [None] * 3)
     assert pages_for(64) == 1
@@ -98,6 +101,17 @@ def test_sizes(cache_format: str, width: int) -> None:
     assert cache.layers[0].k.shape == (2, 2, 64, 16)
     assert cache.layers[0].k.dtype.itemsize == width
     assert cache.nbytes == 128 * token_bytes(CONFIG, cache_format)
+
+
+def test_a_dynamic_cache_has_a_scale_per_token_and_head() -> None:
+    cache = KVCache(CONFIG, "int8_dynamic", 65, [None] * 3)
+    assert cache.layers[0].dynamic
+    assert cache.layers[0].k_scale.shape == (2, 2, 64)
+    assert token_bytes(CONFIG, "int8_dynamic") == token_bytes(CONFIG, "int8") * (16 + 4) / 16
+    for number, array in enumerate(cache.layers[1].arrays):
+        array[0] = number + 1
+    cache.copy(0, 1)
+    assert [array[1].astype(int).min() for array in cache.layers[1].arrays] == [1, 2, 3, 4]
 
 
 def test_scales_belong_to_their_layer_and_are_one_for_a_float_cache() -> None:

@@ -30,6 +30,7 @@ def quantized(source: ModelSource, weights: str, activations: str | None, cache:
     [
         ("int8", "int8", None, "a8w8"),
         ("int8", "int8", "int8", "a8w8c8"),
+        ("int8", "int8", "int8_dynamic", "a8w8c8_dynamic"),
         ("int8", None, None, "weight_only_int8"),
         ("int4", None, "fp8_e4m3", "weight_only_int4c8_fp8"),
         ("fp8_e4m3", "fp8_e4m3", "fp8_e4m3", "a8w8_fp8c8_fp8"),
@@ -65,8 +66,10 @@ def test_an_unknown_mode_is_refused_with_the_nearest(source: ModelSource) -> Non
 
 
 def test_a_quantized_cache_needs_calibrated_scales(source: ModelSource) -> None:
-    with pytest.raises(RequestError, match="in int8 with calibrated scales, which a float model does not have; run"):
+    refused = "in int8 with calibrated scales, which a float model does not have; run .*, or take 'a8w8c8_dynamic'"
+    with pytest.raises(RequestError, match=refused):
         resolve_mode(source, "a8w8c8")
+    assert resolve_mode(source, "a8w8c8_dynamic")[0].cache == "int8_dynamic"
 
 
 def test_a_checkpoint_has_one_mode(source: ModelSource) -> None:

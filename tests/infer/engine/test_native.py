@@ -18,7 +18,8 @@ from quantbench.infer.engine.native import NativeModel
 from quantbench.infer.ops import Ops, load_ops
 from quantbench.infer.ops.cpu import CpuOps, available_isas
 
-MODES = ("fp32", "bf16", "fp16", "weight_only_int8", "weight_only_int4", "a8w8", "a8w8_fp8")
+MODES = ("fp32", "bf16", "fp16", "weight_only_int8", "weight_only_int4", "a8w8", "a8w8_fp8",
+         "bf16c8_dynamic", "a8w8c8_fp8_dynamic")  # fmt: skip
 FAMILIES = (
     "llama", "llama_untied_biased", "llama_odd", "llama_wide_heads", "qwen2", "qwen2_windowed", "qwen3", "mistral",
 )  # fmt: skip
@@ -57,7 +58,7 @@ def steps(engine: Engine) -> list[np.ndarray]:
         rows = [Rows([7 * turn + n], len(p) + turn, own) for n, (p, own) in enumerate(zip(PROMPTS, pages, strict=True))]
         rows[0] = Rows([3, 4, 5], 20 * turn, pages[0])
         found.append(run(rows, [0, 1, 2, 3] if turn else [2]))
-    found += [array.view(np.uint8) for layer in engine.runner.cache.layers for array in (layer.k, layer.v)]
+    found += [array.view(np.uint8) for layer in engine.runner.cache.layers for array in layer.arrays]
     return found
 
 
