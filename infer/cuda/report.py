@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -32,9 +31,10 @@ from quantbench.infer.cuda.compile import ARCHITECTURES, Usage, compile_source, 
 from quantbench.infer.cuda.device import DTYPES, Device, Kernel, TensorMap
 from quantbench.infer.cuda.forward import DeviceModel, logits_of, run_layers
 from quantbench.infer.cuda.random import config_of, random_model
+from quantbench.infer.engine.cache import storage
 from quantbench.infer.models import ModelConfig
 from quantbench.infer.ops import PAGE
-from quantbench.vocabulary import parse_mode
+from quantbench.vocabulary import CACHE_FORMATS, DYNAMIC, FLOAT_DTYPES, parse_mode
 
 # by dtype between operations
 ALL = ("fp32", "bf16", "fp16", "a8w8", "a8w8_fp8", "weight_only_int8", "weight_only_int4")
@@ -116,7 +116,7 @@ def specials(arch: str) -> list[Special]:
         for mode in modes:
             run(notes, config_of("llama-3.2-1b"), mode, {"fp32": "float32", "fp16": "float16"}.get(mode, "bfloat16"))
         heads = HEADS if arch == "sm_90a" and dtype != "float16" else (128,)
-        for head, cache in itertools.product(heads, ("int8", "fp8_e4m3")):
+        for head, cache in itertools.product(heads, [c for c in CACHE_FORMATS if c not in FLOAT_DTYPES]):
             run(notes, replace(config_of("llama-3.2-1b"), head_dim=head), "bf16", cache)
         for special in notes.seen:
             kinds.setdefault(special.kind, special)
@@ -127,10 +127,8 @@ def run(notes: Notes, config: ModelConfig, mode: str, cache: str) -> None:
     """One layer of `mode` in every kind of step."""
     small = replace(config, num_layers=1)
     model = DeviceModel.upload(notes, random_model(notes, small, parse_mode(mode)))
-    dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
-    kind = np.dtype(dtypes.get(cache, ml_dtypes.float8_e4m3fn))
-    pages = notes.empty((64, small.num_kv_heads, PAGE, small.head_dim), kind)
-    scale = notes.empty((small.num_kv_heads,), np.float32)
+    pages = notes.empty((64, small.num_kv_heads, PAGE, small.head_dim), storage(cache))
+    scale = notes.empty(pages.shape[:3] if cache.endswith(DYNAMIC) else (small.num_kv_heads,), np.float32)
     table = notes.empty((1024, small.head_dim // 2), np.float32)
     for tokens, decode in STEPS:
         batch = batch_for(notes, tokens, decode)

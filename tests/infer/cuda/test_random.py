@@ -48,7 +48,7 @@ def test_every_config_can_be_read() -> None:
         assert config_of(name).num_layers in (16, 32)
 
 
-@pytest.mark.parametrize("mode", ["bf16", "a8w8c8", "weight_only_int4c8_fp8"])
+@pytest.mark.parametrize("mode", ["bf16", "a8w8c8", "weight_only_int4c8_fp8", "a8w8c8_dynamic", "bf16c8_fp8_dynamic"])
 def test_a_random_model_runs(mode: str, gpu: Device) -> None:
     ops = CudaOps("bfloat16")
     engine = random_engine("llama-3.2-1b", mode, ops, batch=2, length=128, chunk=256)

@@ -21,7 +21,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("requests") / "m", max_position_embeddings=4096, **shape)
 
 
-@pytest.mark.parametrize("mode", ["bf16", "a8w8", "a8w8_fp8", "weight_only_int4"])
+@pytest.mark.parametrize(
+    "mode", ["bf16", "a8w8", "a8w8_fp8", "weight_only_int4", "bf16c8_dynamic", "a8w8_fp8c8_fp8_dynamic"]
+)
 def test_256_requests_of_mixed_lengths_equal_one_by_one(mode: str, gpu: Device, model: Path) -> None:
     random = np.random.default_rng(0)
     prompts = [random.integers(1, 500, random.integers(16, 2049)).tolist() for _ in range(REQUESTS)]
