@@ -48,13 +48,16 @@ DEVICE void store_cache(void* pages, s64 at, float x, float scale) {
     else store_one<CACHE>(pages, at, x);
 }
 
-// The scale of a head on its way into the cache: given, or computed of its own values (PER_TOKEN); 1 for floats.
+// The scale of a head on its way into the cache: given, or computed of its own values (PER_TOKEN); 1 for floats. A head
+// with a NaN or an infinity has scale NaN, so that whoever reads it finds out.
 DEVICE float cache_scale(const Head& x, const float* scales, int head) {
     if constexpr (PER_TOKEN) {
-        float absmax = 0.0f;
+        u32 top = 0;  // of magnitudes as bits: those of NaN and infinity are above every number's
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) absmax = fmaxf(absmax, fmaxf(fabsf(x.low[p]), fabsf(x.high[p])));
-        return dynamic_scale<CACHE>(warp_max(absmax));
+        for (int p = 0; p < kPairs; ++p)
+            top = max(top, max(__float_as_uint(fabsf(x.low[p])), __float_as_uint(fabsf(x.high[p]))));
+        top = __reduce_max_sync(~0u, top);
+        return top >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : dynamic_scale<CACHE>(__uint_as_float(top));
     } else if constexpr (CACHE == INT8 || CACHE == E4M3) {
         return scales[head];
     }
