@@ -2,8 +2,8 @@
 
     python benchmarks/random_model.py DIRECTORY
 
-Speed does not depend on the values, so benchmarks/cpu.py DIRECTORY measures what it would on the real one. There is no
-tokenizer: it serves token ids only.
+Speed does not depend on the values, so benchmarks/cpu.py DIRECTORY measures what it would on the real one. Its tokenizer
+knows single bytes only: what is measured are token ids.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
@@ -47,6 +50,9 @@ def write(directory: Path) -> None:
     }
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    tokenizer = Tokenizer(BPE({symbol: i for i, symbol in enumerate(ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 if __name__ == "__main__":
