@@ -2,8 +2,8 @@
 
     python benchmarks/random_model.py DIRECTORY
 
-Speed does not depend on the values, so benchmarks/cpu.py DIRECTORY measures what it would on the real one. Its tokenizer
-knows single bytes only: what is measured are token ids.
+Speed does not depend on the values, so benchmarks/cpu.py DIRECTORY measures what it would on the real one. Its
+tokenizer knows single bytes only: what is measured are token ids.
 """
 
 from __future__ import annotations
