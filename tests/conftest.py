@@ -29,6 +29,7 @@ modes:
   - {{name: a8w8-dynamic, mode: a8w8, activations: {{dynamic: true}}}}
   - a8w8c8
   - a8w8_fp8c8_fp8
+  - a8w8c8_dynamic
   - weight_only_int8
   - weight_only_int4
 calibration: {{data: "python:topics", samples: 8, length: 48, batch: 4}}

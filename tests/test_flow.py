@@ -10,7 +10,10 @@ import pytest
 import yaml
 from conftest import Command
 
-VARIANTS = ["bf16", "a8w8", "a8w8-dynamic", "a8w8c8", "a8w8_fp8c8_fp8", "weight_only_int8", "weight_only_int4"]
+VARIANTS = [
+    "bf16", "a8w8", "a8w8-dynamic", "a8w8c8", "a8w8_fp8c8_fp8", "a8w8c8_dynamic", "weight_only_int8",
+    "weight_only_int4",
+]  # fmt: skip
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

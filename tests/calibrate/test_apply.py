@@ -68,6 +68,11 @@ def test_cache_scales_and_float_tensors() -> None:
     assert tensors[f"{PREFIX}.self_attn.q_proj.bias"].dtype == ml_dtypes.bfloat16
 
 
+def test_a_dynamic_cache_has_no_tensors() -> None:
+    tensors, _ = run(variant("a8w8c8_dynamic"))
+    assert not [name for name in tensors if name.endswith(("k_scale", "v_scale"))]
+
+
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_a_float_variant_is_a_cast_of_every_tensor(dtype: str) -> None:
     tensors, _ = run(variant("bf16", dtype=dtype))

@@ -12,6 +12,7 @@ from quantbench.errors import CalibrationError, RecipeError
 from quantbench.infer.models import LINEARS
 from quantbench.scales.lint import errors, lint_table
 from quantbench.scales.ranges import range_of
+from quantbench.scales.seed import seed_tables
 from quantbench.scales.statistics import Statistics, observe
 from quantbench.scales.table import ScaleTable
 from quantbench.vocabulary import SMOOTH_TARGETS, LayerPlan, VariantPlan
@@ -100,6 +101,17 @@ def test_cache_scales_are_per_kv_head() -> None:
         assert np.array_equal(entry.scale, seen[tap].absmax / F32(127))
         assert entry.loss is not None
         assert entry.loss < 1e-3
+
+
+@pytest.mark.parametrize(("mode", "format"), [("a8w8c8_dynamic", "int8"), ("bf16c8_fp8_dynamic", "fp8_e4m3")])
+def test_a_dynamic_cache_is_decided_without_a_scale(mode: str, format: str) -> None:
+    table = choose(variant(mode))
+    for tap in "kv":
+        entry = table[f"{PREFIX}.self_attn.{tap}_cache"]
+        assert (entry.format, entry.granularity, entry.observer, entry.scale.size) == (format, "token", "dynamic", 0)
+        assert entry.reason == "one scale per token and KV head, taken at run time"
+    assert not lint_table(table)
+    assert seed_tables(table, "llama", 2)["cachekv_scales.json"] == {}
 
 
 def test_smoothing_divides_what_the_norm_puts_out() -> None:

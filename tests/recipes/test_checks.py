@@ -57,6 +57,9 @@ CASES = {
     "modes: [{mode: a8w8, cache_kv: {observer: mse}}]": (
         "recipe:2: modes[0].cache_kv: the mode a8w8 leaves the KV cache in float"
     ),
+    "modes: [{mode: a8w8c8_dynamic, cache_kv: {observer: mse}}]": (
+        "recipe:2: modes[0].cache_kv: the mode a8w8c8_dynamic finds a scale for every token as it is written"
+    ),
     "modes: [{mode: bf16c8, weights: {observer: mse}}]": (
         "recipe:2: modes[0].weights: the mode bf16c8 leaves weights in float"
     ),

@@ -18,7 +18,8 @@ from quantbench.recipes.plan import make_plan
 from quantbench.vocabulary import GRANULARITIES, LayerPlan
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MODES = ("fp32", "bf16", "a8w8", "a8w8c8", "a8w8_fp8c8_fp8", "weight_only_int8", "weight_only_int4c8")
+MODES = ("fp32", "bf16", "a8w8", "a8w8c8", "a8w8_fp8c8_fp8", "weight_only_int8", "weight_only_int4c8",
+         "a8w8c8_dynamic")  # fmt: skip
 
 
 @given(st.sampled_from(sorted(GRANULARITIES)), st.data())

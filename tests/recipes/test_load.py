@@ -167,6 +167,10 @@ CASES = {
     "rules: [{mode: float}]": 'recipe:2: rules[0].match: required: Glob over full layer names: "*.layers.11',
     "rules: [{match: '', mode: float}]": "recipe:2: rules[0].match: must not be empty",
     "rules: [{match: x, mode: flaot}]": "recipe:2: rules[0].mode: unknown mode 'flaot'. Did you mean float? Known: ",
+    "rules: [{match: x, mode: a8w8c8_dynamic}]": (
+        "recipe:2: rules[0].mode: 'a8w8c8_dynamic' also sets the KV cache, which is not per layer: write the part "
+        "before c8"
+    ),
     "rules: [{match: x, mode: a8w8c8}]": (
         "recipe:2: rules[0].mode: 'a8w8c8' also sets the KV cache, which is not per layer: write the part before c8"
     ),

@@ -11,8 +11,10 @@ import pytest
 
 from quantbench.errors import CheckpointError
 from quantbench.reports import write_report
+from quantbench.reports.files import PlannedVariant
 from quantbench.reports.gather import read_run
 from quantbench.reports.report import SCHEMA, build_report, write_json, write_text
+from quantbench.reports.summary import words
 
 TOP = {
     "schema", "passed", "run", "conditions", "verdict", "gates", "variants", "findings", "ranges", "cache_ranges",
@@ -64,6 +66,18 @@ def test_the_numbers_of_a_variant(report: dict[str, Any]) -> None:
     assert report["variants"]["fp32"]["meaning"]["text"] == "float32 weights, float32 inputs, float32 KV cache"
     assert report["variants"]["a8w8c8"]["meaning"]["transforms"] == "after smooth (alpha 0.5)"
     assert report["variants"]["weight_only_int4"]["meaning"]["weights"] == "INT4 weights per group of 32"
+
+
+@pytest.mark.parametrize(
+    ("cache", "told"),
+    [
+        ({"format": "bfloat16"}, "bfloat16 KV cache"),
+        ({"format": "int8", "granularity": "head"}, "INT8 KV cache per KV head"),
+        ({"format": "fp8_e4m3_dynamic", "granularity": "head"}, "FP8 KV cache per token and KV head"),
+    ],
+)
+def test_what_a_cache_is_called(cache: dict[str, str], told: str) -> None:
+    assert words(PlannedVariant(mode="x", dtype="bfloat16", cache=cache, layers={}))["cache"] == told
 
 
 def test_a_speedup_that_was_measured_round_by_round_is_kept(scratch: Path) -> None:
