@@ -102,6 +102,7 @@ class Device(Memory):
         values = [_argument(a) for a in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(_address(v) for v in values))
         config = self._config(grid, block, shared, pdl and self.pdl)
+        self._enter()
         (status,) = self.driver.cuLaunchKernelEx(config, kernel.handle, ctypes.addressof(addresses), 0)
         if status != self.driver.CUresult.CUDA_SUCCESS:
             raise DependencyError(

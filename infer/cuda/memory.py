@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ class Memory:
     def __init__(self, index: int) -> None:
         """Raises DependencyError as `load_driver`."""
         self.driver = load_driver()
+        self._context: Any = None
+        self._entered = threading.local()
         self._device = self._call(self.driver.cuDeviceGet, index)
-        context = self._call(self.driver.cuDevicePrimaryCtxRetain, self._device)
-        self._call(self.driver.cuCtxSetCurrent, context)
+        self._context = self._call(self.driver.cuDevicePrimaryCtxRetain, self._device)
         self.stream = self._call(self.driver.cuStreamCreate, self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
@@ -58,12 +60,22 @@ class Memory:
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A driver call's result. Raises DependencyError naming call and error."""
+        self._enter()
         status, *results = function(*arguments)
         if status == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise RequestError(self._full(function.__name__))
+            asked = (
+                f"{arguments[0] / 1e9:.2f} GB asked for" if function is self.driver.cuMemAlloc else function.__name__
+            )
+            raise RequestError(self._full(asked))
         if status != self.driver.CUresult.CUDA_SUCCESS:
             raise DependencyError(f"{function.__name__} failed on the GPU: {status.name}")
         return results[0] if len(results) == 1 else results or None
+
+    def _enter(self) -> None:
+        """Makes the context this thread's own: the driver keeps one per thread, and models are loaded on several."""
+        if self._context is not None and not getattr(self._entered, "done", False):
+            self._entered.done = True
+            self._call(self.driver.cuCtxSetCurrent, self._context)
 
     def _full(self, what: str) -> str:
         free, total = self.memory
@@ -100,12 +112,9 @@ class Memory:
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """Uninitialized room for good. Raises RequestError where the GPU has too little left."""
         kind = np.dtype(dtype)
-        count = math.prod(shape) * kind.itemsize
-        status, pointer = self.driver.cuMemAlloc(max(1, count))
-        if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise RequestError(self._full(f"{count / 1e9:.2f} GB asked for"))
-        self._allocated.append(int(pointer))
-        return DeviceArray(int(pointer), shape, kind)
+        pointer = int(self._call(self.driver.cuMemAlloc, max(1, math.prod(shape) * kind.itemsize)))
+        self._allocated.append(pointer)
+        return DeviceArray(pointer, shape, kind)
 
     def release(self) -> None:
         """Gives all memory back: no array of this device may be used any more."""

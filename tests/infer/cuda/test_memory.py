@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from quantbench.errors import DependencyError
@@ -19,6 +21,14 @@ def test_a_driver_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_captured_step_gets_no_new_memory(device: Device) -> None:
     with pytest.raises(DependencyError, match="a captured step asked for new memory"), device.capture([]):
         device.empty((8 << 30,), "uint8")
+
+
+def test_any_thread_may_use_a_device(device: Device) -> None:
+    array = np.arange(1000, dtype=np.float32)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(device.upload, array).result()
+        pool.submit(device.fill, there.rows(0, 10), 0).result()
+    np.testing.assert_array_equal(device.fetch(there), np.where(np.arange(1000) < 10, 0, array))
 
 
 def test_a_failed_call_is_named(device: Device) -> None:
