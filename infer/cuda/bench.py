@@ -6,6 +6,7 @@ the mean of the second half of about a second of steps, host loop included, and 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -97,22 +98,22 @@ def bench_mode(
 
 
 def prefill(engine: Engine, load: CudaLoad, ceilings: dict[str, float]) -> dict[str, float]:
-    """Prompts of `context` tokens, `PROMPT_TOKENS` a step, as long as it takes to be sustained."""
-    prompts = np.random.default_rng(0).integers(0, engine.config.vocab_size, (1024, load.context)).tolist()
+    """Steps of a queue of prompts of `context` tokens, `PROMPT_TOKENS` a step, as many as it takes to be sustained."""
     each = max(1, min(PROMPT_TOKENS // load.context, engine.limits.max_batch))
-    times: list[float] = []
+    random = np.random.default_rng(0)
 
-    def step(number: int) -> None:
-        params = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        engine.generate(prompts[number * each % 1000 : number * each % 1000 + each], params)
-        times.append(time.perf_counter() - start)
+    def steps(count: int) -> list[float]:
+        for prompt in random.integers(0, engine.config.vocab_size, (count * each, load.context)).tolist():
+            engine.add(Request(prompt, SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)))
+        times, last = [], time.perf_counter()
+        for _ in range(count):
+            engine.step()
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
+        return times
 
-    for number in range(2):
-        step(number)
-    times.clear()
-    while sum(times) < SUSTAINED_S:
-        step(len(times) + 2)
+    times = steps(math.ceil(SUSTAINED_S / steps(2)[-1]))
     seconds = float(np.mean(times[len(times) // 2 :]))
     tokens = each * load.context
     operations = tokens * (engine.operations_per_token(load.context // 2) - _head_operations(engine))
