@@ -91,6 +91,7 @@ class Memory:
     @property
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
+        self._enter()
         status, free, total = self.driver.cuMemGetInfo()
         return (int(free), int(total)) if status == self.driver.CUresult.CUDA_SUCCESS else (0, 0)
 
