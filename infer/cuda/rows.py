@@ -31,7 +31,7 @@ __all__ = [
 
 Rope = tuple[DeviceArray, DeviceArray]
 BLOCK = 512  # threads, at most, for one row
-ROPE_WARPS = 8  # heads per block
+ROPE = 128  # threads for the heads of one token
 
 
 def embed(device: Device, table: DeviceWeight, ids: DeviceArray) -> DeviceArray:
@@ -113,8 +113,7 @@ def rope_write(
     )  # fmt: skip
     q_norm, k_norm = norms or (None, None)
     device.launch(
-        kernel, (batch.tokens, -(-(heads + 2 * kv_heads) // ROPE_WARPS)), ROPE_WARPS * 32,
-        qkv, batch.positions, batch.slots, *rope, q_norm, k_norm, np.float64(eps),
+        kernel, batch.tokens, ROPE, qkv, batch.positions, batch.slots, *rope, q_norm, k_norm, np.float64(eps),
         cache.k, cache.v, cache.k_scale, cache.v_scale, q,
     )  # fmt: skip
     return q

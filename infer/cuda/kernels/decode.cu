@@ -16,27 +16,24 @@
 #include "rope.cuh"
 #include "decode.cuh"
 
-struct Rope {
-    const float *cosines, *sines;  // of the position
-    const float *q_norm, *k_norm;
-    double eps;
-};
+using Row = Head<32, 1>;  // a head in a warp
 
 // Head `start` of qkv, normalized and turned.
-DEVICE Head turned(const void* qkv, s64 start, const Rope& rope, const float* norm) {
-    Head x = load_head(qkv, start);
-    if constexpr (NORMS) normalize(x, norm, rope.eps);
-    rotate(x, rope.cosines, rope.sines);
+DEVICE Row turned(const void* qkv, s64 start, const Angle<32, 1>& angle, const float* norm, double eps) {
+    Row x;
+    x.load(qkv, start);
+    if constexpr (NORMS) x.normalize(norm, eps);
+    x.rotate(angle);
     return x;
 }
 
 // Writes the new token, `row` of this warp's 16, into the cache and into the stage.
-DEVICE void append(const Cache& c, const Head& k, const Head& v, s64 place, int row, u8* stage) {
-    float k_scale = cache_scale(k, c.k_scale, c.head), v_scale = cache_scale(v, c.v_scale, c.head);
-    store_head(k, c.k, place * SIZE, k_scale);
-    store_head(v, c.v, place * SIZE, v_scale);
-    store_head(k, stage + row * kRow, 0, k_scale);
-    store_head(v, stage + kSide + row * kRow, 0, v_scale);
+DEVICE void append(const Cache& c, const Row& k, const Row& v, s64 place, int row, u8* stage) {
+    float k_scale = k.cache_scale(c.k_scale, c.head), v_scale = v.cache_scale(c.v_scale, c.head);
+    k.store_cache(c.k, place * SIZE, k_scale);
+    v.store_cache(c.v, place * SIZE, v_scale);
+    k.store_cache(stage + row * kRow, 0, k_scale);
+    v.store_cache(stage + kSide + row * kRow, 0, v_scale);
     if (PER_TOKEN && threadIdx.x % 32 == 0) {
         float* scales = (float*)(stage + 2 * kSide);
         c.k_scale[place] = scales[row] = k_scale;
@@ -74,26 +71,19 @@ KERNEL void __launch_bounds__(kWarps * 32)
 
     s64 row = (s64(first_row) * kv_heads + kv_head) * GROUP * SIZE;  // of the result
     u32 queries[kTiles][kSteps][2];
-    Head new_k, new_v;
+    Row new_k, new_v;
     int newest = tokens - 1;  // the token that this step adds
     bool appends = FUSED && end == pages && newest >= 0 && newest % kPage / kTokens == warp;
     if constexpr (FUSED) {
         u16* heads = (u16*)(memory + kWarps * STAGES * kStage);
-        s64 angle = s64(max(newest, 0)) * kHalf, base = s64(first_row) * (GROUP + 2) * kv_heads * SIZE;
-        Rope rope{cosines + angle, sines + angle, q_norm, k_norm, eps};
-        for (int h = warp; h < GROUP; h += kWarps) {
-            Head x = turned(q, base + (kv_head * GROUP + h) * SIZE, rope, q_norm);
-#pragma unroll
-            for (int p = 0; p < kPairs; ++p) {
-                int i = lane + 32 * p;
-                if (i >= kHalf) continue;
-                store_one<kKind>(heads, h * SIZE + i, x.low[p]);
-                store_one<kKind>(heads, h * SIZE + kHalf + i, x.high[p]);
-            }
-        }
+        s64 base = s64(first_row) * (GROUP + 2) * kv_heads * SIZE;
+        Angle<32, 1> angle;
+        angle.load(cosines, sines, max(newest, 0));
+        for (int h = warp; h < GROUP; h += kWarps)
+            turned(q, base + (kv_head * GROUP + h) * SIZE, angle, q_norm, eps).store<kKind>(heads, h * SIZE);
         if (appends) {
-            new_k = turned(q, base + (GROUP * kv_heads + kv_head) * SIZE, rope, k_norm);
-            new_v = load_head(q, base + ((GROUP + 1) * kv_heads + kv_head) * SIZE);
+            new_k = turned(q, base + (GROUP * kv_heads + kv_head) * SIZE, angle, k_norm, eps);
+            new_v.load(q, base + ((GROUP + 1) * kv_heads + kv_head) * SIZE);
         }
         __syncthreads();
         load_queries<kKind>(queries, heads, 0, lane);
