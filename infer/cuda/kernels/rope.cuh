@@ -78,18 +78,18 @@ struct Head : Place<LANES, V> {
     }
 
     // The scale on the way into the cache: given, or computed of the head's own values (PER_TOKEN; all lanes of a warp
-    // call); 1 for floats.
+    // call); 1 for floats. A head with a NaN or an infinity has scale NaN, so that whoever reads it finds out.
     DEVICE float cache_scale(const float* scales, int head) const {
         if constexpr (PER_TOKEN) {
-            float absmax = 0.0f;
+            u32 top = 0;  // of magnitudes as bits: those of NaN and infinity are above every number's
 #pragma unroll
             for (int r = 0; r < kRounds; ++r)
 #pragma unroll
                 for (int j = 0; j < V; ++j)
-                    if (inside(r)) absmax = fmaxf(absmax, fmaxf(fabsf(low[r][j]), fabsf(high[r][j])));
+                    if (inside(r)) top = max(top, max(__float_as_uint(fabsf(low[r][j])), __float_as_uint(fabsf(high[r][j]))));
 #pragma unroll
-            for (int step = LANES / 2; step; step /= 2) absmax = fmaxf(absmax, __shfl_xor_sync(~0u, absmax, step));
-            return dynamic_scale<CACHE>(absmax);
+            for (int step = LANES / 2; step; step /= 2) top = max(top, __shfl_xor_sync(~0u, top, step));
+            return top >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : dynamic_scale<CACHE>(__uint_as_float(top));
         } else if constexpr (CACHE == INT8 || CACHE == E4M3) {
             return scales[head];
         }
