@@ -208,6 +208,7 @@ static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head
         Sight sight{position, a.window, base, heads};
         int64_t place = (table[base / kPage] * c.heads + kv_head) * kPage, at = place * token_bytes;
         if (direct) {
+            if (c.dynamic) prefetch((const uint8_t*)(c.v_scale + place), kPage * 4);  // first: it is wanted before all of V
             prefetch(c.v + at + from * token_bytes, (to - from) * token_bytes);
             few_queries_of(c.kind, t, false, c.k + at, c.size, from, to);
         } else {
@@ -218,8 +219,9 @@ static void attention_tile(const Attention& a, int64_t sequence, int64_t kv_head
         if (c.dynamic) scale_scores(t, c.v_scale + place);
         if (direct) {
             if (base + kPage < newest) {
-                int64_t next = (table[base / kPage + 1] * c.heads + kv_head) * kPage * token_bytes;
-                prefetch(c.k + next, smaller(kPage, newest - base - kPage) * token_bytes);
+                int64_t next = (table[base / kPage + 1] * c.heads + kv_head) * kPage;
+                if (c.dynamic) prefetch((const uint8_t*)(c.k_scale + next), kPage * 4);
+                prefetch(c.k + next * token_bytes, smaller(kPage, newest - base - kPage) * token_bytes);
             }
             few_queries_of(c.kind, t, true, c.v + at, c.size, from, to);
         } else {
