@@ -85,7 +85,8 @@ def _plain(
     device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
 ) -> None:
     heads = q.shape[1] // cache.k.shape[3]
-    kernel = device.kernel("attention_plain.cu", "attention_plain", **_macros(q, cache, heads))
+    macros = _macros(q, cache, heads) | {"DOUBLE": int(device.exact)}
+    kernel = device.kernel("attention_plain.cu", "attention_plain", **macros)
     device.launch(
         kernel, (batch.tokens, heads), 128, q, batch.starts, batch.context, batch.tables,
         batch.sequences, batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, cache.k.shape[1],

@@ -78,8 +78,8 @@ class Blas:
         out: DeviceArray,
         scales: tuple[DeviceArray, DeviceArray] | None = None,
     ) -> None:
-        """out[T, N] (f32 or 16-bit) = x[T, K] w[N, K]ᵀ, both bf16 or f16, or both e4m3 with `scales` f32[N] of weight rows
-        and f32[T] of tokens."""
+        """out[T, N] (f32 or 16-bit) = x[T, K] w[N, K]ᵀ, both bf16, f16, or e4m3 with `scales` f32[N] of weight rows and
+        f32[T] of tokens."""
         plan = self._plan(x, w, out)
         if scales is not None:
             for attribute, scale in zip((A_POINTER, B_POINTER), scales, strict=True):
@@ -191,7 +191,7 @@ def wins(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bo
 
 
 def suits(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
-    """Whether the library takes a product: 16-bit floats, or e4m3 with vector scales (Hopper), rows aligned to 16 bytes."""
+    """Whether the library takes a product: 16-bit floats, or e4m3 with vector scales (Hopper), rows in 16 bytes."""
     aligned = x.shape[1] * x.dtype.itemsize % 16 == 0 and out.shape[1] % 8 == 0
     if x.dtype != w.dtype or out.dtype not in TYPES or not aligned:
         return False

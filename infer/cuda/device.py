@@ -27,6 +27,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
+    "exact": np.dtype(np.float32),
 }
 BIG_SHARED = 48 << 10  # bytes of shared memory that a kernel gets unasked
 
@@ -58,13 +59,16 @@ class Graph:
 
 class Device(Memory):
     """One GPU. `dtype` is what arrays between operations hold: float32 (as the CPU runtime), bfloat16 or
-    float16."""
+    float16; "exact" is float32 with every sum of floats in double: results do not depend on the order of the terms, so
+    they are those of the numpy reference, but for one rounding in many millions."""
+
+    exact = False
 
     def __init__(self, dtype: str = "float32", index: int = 0) -> None:
         """Raises DependencyError without a usable GPU, compiler or architecture, and for an unknown dtype."""
         if dtype not in DTYPES:
             raise DependencyError(unknown("activation dtype", dtype, DTYPES))
-        self.dtype = DTYPES[dtype]
+        self.dtype, self.exact = DTYPES[dtype], dtype == "exact"
         load_nvrtc()
         super().__init__(index)
         self.arch = architecture(self.capability)

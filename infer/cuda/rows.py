@@ -86,7 +86,8 @@ def silu_mul(device: Device, gate_up: DeviceArray, spec: ActSpec = FLOAT) -> Act
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     a, arguments = _output(device, tokens, width, spec)
     parts = _parts(device, tokens, width, spec)
-    kernel = device.kernel("rows.cu", "silu_mul", **_macros(device, width, spec, parts))
+    macros = _macros(device, width, spec, parts) | {"DOUBLE": int(device.exact)}
+    kernel = device.kernel("rows.cu", "silu_mul", **macros)
     device.launch(kernel, tokens * parts, _threads(width // parts), gate_up, a.values, *arguments, device.bad)
     return a
 

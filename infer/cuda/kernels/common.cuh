@@ -221,6 +221,10 @@ DEVICE float swiglu(float gate, float up) {
     else return __fdividef(gate, 1.0f + __expf(fminf(-gate, 80.0f))) * up;  // __fdividef is 0 beyond 2^126
 }
 
+// What sums are held in: double where results shall not depend on the order of the terms.
+template <bool WIDE> struct Real { typedef float type; };
+template <> struct Real<true> { typedef double type; };
+
 // ---- reductions ----
 
 DEVICE double warp_sum(double x) {

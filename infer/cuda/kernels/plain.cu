@@ -1,14 +1,23 @@
 // Linear layers of any combination of kinds and any shape: y[T, N] = x[T, K] w[N, K]^T in float32 (int32 where both are
 // int8 codes with one scale per row), on ordinary arithmetic units. Slow; tensor-core kernels take the common cases.
 //
-// Macros: X, W (kinds), OUT (F32 | BF16 | F16), ASYM (1: zero points), EXACT (1: int32 sums, scales afterwards).
+// Macros: X, W (kinds), OUT (F32 | BF16 | F16), ASYM (1: zero points), EXACT (1: int32 sums, scales afterwards),
+// DOUBLE (1: sums in double, and inputs of bf16 weights rounded to bf16, as the reference does).
 #include "common.cuh"
 
 constexpr int kSide = 64, kStep = 16, kEach = 4;  // a block makes 64 x 64 results, a thread 4 x 4
 
-template <bool INTEGER> struct Sum { typedef float type; };
+#ifndef DOUBLE
+#define DOUBLE 0
+#endif
+template <bool INTEGER> struct Sum { typedef Real<DOUBLE>::type type; };
 template <> struct Sum<true> { typedef int type; };
 typedef Sum<EXACT != 0>::type sum_t;
+
+DEVICE float input(const void* x, s64 at) {
+    float value = load_one<X>(x, at);
+    return DOUBLE && W == BF16 ? bf16_to_float(u16(pack_bf16(value, value))) : value;
+}
 
 // int4 words hold codes 0 2 4 6 1 3 5 7 of eight neighbours; the words of 128 inputs are ordered 0 4 8 12 1 5 ...
 DEVICE int int4_code(const u8* row, int k) {
@@ -40,7 +49,7 @@ KERNEL void __launch_bounds__(256) linear_plain(const void* x, const float* x_sc
     for (int k0 = 0; k0 < columns; k0 += kStep) {
         for (int i = threadIdx.x; i < kSide * kStep; i += 256) {
             int k = k0 + i % kStep, n = first_row + i / kStep, token = first_token + i / kStep;
-            xs[i % kStep][i / kStep] = k < columns && token < tokens ? load_one<X>(x, s64(token) * columns + k) : 0.0f;
+            xs[i % kStep][i / kStep] = k < columns && token < tokens ? input(x, s64(token) * columns + k) : 0.0f;
             ws[i % kStep][i / kStep] = k < columns && n < rows ? weight(w, row_bytes, n, k, w_scale, w_zero, rows, group) : 0.0f;
         }
         __syncthreads();

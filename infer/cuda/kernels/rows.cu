@@ -3,7 +3,7 @@
 //
 // Macros: WIDTH (columns of the result), PARTS (1, or blocks per row on Hopper), THREADS (of a block), IO (F32 | BF16 | F16: floats between operations), FORMAT (0: stay
 // float, INT8, E4M3), STATIC (1: `given` is the scale of every row; 0: one scale per row is computed and stored),
-// KEEP (1: floats are stored beside the codes).
+// KEEP (1: floats are stored beside the codes), DOUBLE (1: SwiGLU in double, rounded once).
 #include "common.cuh"
 #include "hopper.cuh"
 
@@ -12,6 +12,9 @@
 #endif
 #ifndef STATIC
 #define STATIC 0
+#endif
+#ifndef DOUBLE
+#define DOUBLE 0
 #endif
 #ifndef KEEP
 #define KEEP 0
@@ -148,7 +151,8 @@ KERNEL void __launch_bounds__(THREADS) CLUSTER silu_mul(const void* gate_up, voi
         load_vector<IO>(gate_up, gates + column(c), gate);
         load_vector<IO>(gate_up, gates + WIDTH + column(c), up);
 #pragma unroll
-        for (int j = 0; j < V; ++j) row.v[c][j] = swiglu<IO == F32>(gate[j], up[j]);
+        for (int j = 0; j < V; ++j)
+            row.v[c][j] = DOUBLE ? float(gate[j] / (1 + exp(-double(gate[j]))) * up[j]) : swiglu<IO == F32>(gate[j], up[j]);
     }
     emit(row, start, values, codes, scales, given, bad);
 }

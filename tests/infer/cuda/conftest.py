@@ -31,7 +31,7 @@ def device_bf16(gpu: Device) -> Device:
 
 
 def poisoned(gpu: Device, dtype: str) -> Device:
-    gpu.dtype = DTYPES[dtype]
+    gpu.dtype, gpu.exact = DTYPES[dtype], dtype == "exact"
     gpu.fill(gpu.empty((256 << 20,), np.uint8), 0xFF)
     gpu.fill(gpu.bad, 0)
     gpu.synchronize()
