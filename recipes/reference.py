@@ -100,9 +100,16 @@ gates: {perplexity_increase: 5%, decode_speedup: 1.2}
 """
 
 
+_CACHES = (
+    "`c8` and `c8_fp8` hold the KV cache under one calibrated scale per KV head. With `_dynamic` behind them every "
+    "token has its own, found as it is written: nothing to calibrate, 4 bytes more per token, head and side.\n"
+)
+
+
 def reference() -> str:
     """The page, as Markdown."""
-    parts = [_INTRODUCTION.format(example=_EXAMPLE), "## Bundled recipes\n", _presets(), "## Modes\n", _modes()]
+    parts = [_INTRODUCTION.format(example=_EXAMPLE), "## Bundled recipes\n", _presets()]
+    parts += ["## Modes\n", _CACHES, _modes()]
     parts += ["## Granularities\n", _granularities(), "## The recipe\n", _table(Recipe)]
     for name, section in _SECTIONS:
         parts += [f"## {name}\n", f"{_first_line(section)}\n", _table(section)]
