@@ -5,7 +5,7 @@
 MODEL is a float model (a HF directory, GGUF file, hub or demo name). It is rounded to nearest and written as
 checkpoints: a8w8 and weight_only_int4 with the head held as int8 (what every peer's int8 file has), and bf16. Measured
 are prefill of 512 tokens and decoding at batches of 1, 8 and 16; load time and memory, in fresh processes
-(footprint.py); and an int8 KV cache beside a float one at a long context, step by step (quantized_cache.py). Modes and
+(footprint.py); and quantized KV caches beside a float one at a long context, step by step (quantized_cache.py). Modes and
 peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those of the rounds,
 shown with their extremes. CPU time per token hardly changes where other processes compete.
 
@@ -48,7 +48,7 @@ PATIENCE = 180  # seconds that a peer may take
 PROFILED = 16  # steps of a profile
 CONTEXT = 1024  # at which caches are compared
 MODES = ("a8w8+head", "bf16", "weight_only_int4+head")
-CACHES = ("a8w8+head", "a8w8c8+head")  # the same weights, a float and an int8 cache
+CACHES = ("a8w8+head", "a8w8c8+head", "a8w8c8_dynamic+head")  # the same weights; the first cache is float
 PEERS = {  # under .peers/: environment, script, model
     "llama.cpp Q8_0": ("llama.cpp", "llama_cpp_peer.py", "smollm2-q8_0.gguf"),
     "llama.cpp BF16": ("llama.cpp", "llama_cpp_peer.py", "smollm2-bf16.gguf"),
@@ -260,7 +260,7 @@ def run(checkpoints: dict[str, Path], peers: dict[str, str], options: argparse.N
     report: dict[str, object] = {"cpu": cpu_model(), "footprints": visits}
     rows, caches, prints = [], [], {}
     engines = {mode: load(checkpoints[mode]) for mode in modes}
-    pair = [load(checkpoints[name], 2 * CONTEXT) for name in CACHES]
+    first, *others = (load(checkpoints[name], 2 * CONTEXT) for name in CACHES)
     columns = ["prefill", *(f"b{b}" for b in options.batches)]
     for threads in options.threads:
         set_threads(threads)
@@ -270,7 +270,11 @@ def run(checkpoints: dict[str, Path], peers: dict[str, str], options: argparse.N
         found, prints[str(threads)] = measure(engines, peers, threads, options)
         show(found, ceilings, columns)
         footprint.show_peers(prints[str(threads)])
-        compared = [quantized_cache.compare(*pair, batch, CONTEXT, options.steps) for batch in (1, 16)]
+        compared = [
+            quantized_cache.compare((first, other), batch, CONTEXT, options.steps)
+            for batch in (1, 16)
+            for other in others
+        ]
         quantized_cache.show(compared)
         rows += as_rows(found, threads, isa, ceilings)
         caches += [{"threads": threads, **asdict(pairs)} for pairs in compared]
