@@ -135,7 +135,8 @@ class ReferenceOps:
 
     def silu_mul(self, gate_up: Floats, spec: ActSpec = FLOAT) -> Activation:
         gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
-        silu = gate * (0.5 + 0.5 * np.tanh(0.5 * gate))  # = gate / (1 + exp(-gate)) without overflow
+        with np.errstate(over="ignore"):  # exp(-gate) may be infinite, and the quotient then is the zero it should be
+            silu = gate / (1 + np.exp(-gate))
         return quantize((silu * up).astype(np.float32), spec)
 
     def rope_write(

@@ -64,7 +64,8 @@ def test_a_model_scores_and_generates_as_in_float32(mode: str, gpu: Device, tmp_
         assert len(engine.generate([ids[:50], ids[:3]], params)[1].ids) == 8
         ops.device.release()
     wide, narrow = scores
-    assert np.linalg.norm(narrow - wide) < 0.02 * np.linalg.norm(wide)
+    near = 0.06 if mode == "a8w8" else 0.02  # a code that falls the other way is a step of its own
+    assert np.linalg.norm(narrow - wide) < near * np.linalg.norm(wide)
 
 
 def test_a_weight_beyond_float16_is_refused_by_name() -> None:
