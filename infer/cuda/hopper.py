@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from quantbench.infer.cuda.weight import DeviceWeight
 
 SLICE = 128  # bytes of K per stage
 SHARED = 226 << 10  # bytes of a multiprocessor that blocks share
+TILE_TOKENS, TILE_ROWS = 128, (96, 128, 192, 224, 256)
 WIDEST = 256  # tokens per block, at most
 LARGE = 16384  # rows of a weight that has blocks enough
 
@@ -38,6 +40,43 @@ class Cut:
         return (self.rows + self.tokens) * SLICE
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How kernels/wgmma_tiles.cu is cut: tiles of 128 tokens x `rows`; two blocks `share` weights, or `split` K."""
+
+    rows: int
+    share: int = 1
+    split: int = 1
+
+    @property
+    def stages(self) -> int:
+        return (SHARED - self._beside - 1024) // ((self.rows + TILE_TOKENS) * SLICE + 16)
+
+    @property
+    def shared(self) -> int:
+        return 1024 + self.stages * ((self.rows + TILE_TOKENS) * SLICE + 16) + self._beside
+
+    @property
+    def _beside(self) -> int:
+        """Results on their way, scales, biases."""
+        return 8 * 16 * 144 + 2 * self.rows * 8
+
+    def count(self, tokens: int, rows: int) -> int:
+        """Of clusters of tiles."""
+        return -(-tokens // (TILE_TOKENS * self.share)) * -(-rows // self.rows)
+
+    def blocks(self, tokens: int, rows: int, multiprocessors: int) -> int:
+        cluster = self.share * self.split
+        return min(self.count(tokens, rows), multiprocessors // cluster) * cluster
+
+    def cycles(self, tokens: int, rows: int, slices: int, multiprocessors: int) -> float:
+        """Of the last block, about: shared memory is read and filled for a slice of a tile in 3 rows + 256 cycles; to
+        finish a tile takes 1500, to exchange halves 4000; sharing saves a twentieth, by drawing less power."""
+        rounds = -(-self.count(tokens, rows) // (multiprocessors // (self.share * self.split)))
+        tile = slices / self.split * (3 * self.rows + 256) + 1500 + 4000 * (self.split - 1)
+        return rounds * tile * (0.95 if self.share > 1 else 1.0)
+
+
 def takes(device: Device, w: DeviceWeight, out: DeviceArray, column: int) -> bool:
     """Whether the kernel runs here and its vector accesses are aligned: K in whole 16 bytes, N, `column` and the width
     of `out` in whole fours (eights for a gated weight)."""
@@ -45,19 +84,21 @@ def takes(device: Device, w: DeviceWeight, out: DeviceArray, column: int) -> boo
     return device.hopper and whole and column % 4 == 0 and out.shape[1] % 4 == 0
 
 
-def finishes_in_registers(cut: Cut, w: DeviceWeight, out: DeviceArray, column: int, gated: bool) -> bool:
-    """Whether results may leave as 16 bytes of 16-bit floats straight from the registers: K is not split, everything
-    stands in whole eights."""
-    whole = out.shape[1] % 8 == 0 and column % 8 == 0 and w.rows % (16 if gated else 8) == 0
-    return cut.split == 1 and out.dtype.itemsize == 2 and whole
+@cache
+def tiles_for(tokens: int, rows: int, slices: int, gated: bool, multiprocessors: int) -> Tiles | None:
+    """The fastest tiles for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes. None where the kernel for few
+    tokens is as good: up to 64 of them, and up to 256 if tiles left multiprocessors idle."""
+    splits = (1,) if gated or slices < 8 else (1, 2)
+    possible = [Tiles(n, 1, split) for n in TILE_ROWS for split in splits] + [Tiles(n, 2) for n in TILE_ROWS]
+    best = min(possible, key=lambda tiles: tiles.cycles(tokens, rows, slices, multiprocessors))
+    busy = best.blocks(tokens, rows, multiprocessors) >= 0.9 * multiprocessors
+    return best if tokens > WIDEST or (tokens > 64 and busy) else None
 
 
 def cut_for(tokens: int, rows: int, slices: int, multiprocessors: int) -> Cut:
     """A cut for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes. What was fastest on an H200, by size of the
     weight: large ones have blocks enough; of small ones rows are halved and K is split."""
     width = next(n for n in (8, 16, 32, 64, 128, 256) if n >= tokens or n == WIDEST)
-    if tokens > WIDEST:
-        return _longest(256, 128, 1, 1)
     if rows >= LARGE:
         return _longest(width, 128, 1, 2 if width < 256 else 1)
     tiles, split = -(-rows // 64), 2 if slices >= 4 else 1
@@ -74,6 +115,52 @@ def _longest(tokens: int, rows: int, split: int, blocks: int) -> Cut:
     return Cut(tokens, rows, min(10, (SHARED // blocks - 2048) // ((rows + tokens) * SLICE)), split, blocks)
 
 
+@dataclass(frozen=True)
+class Product:
+    """Columns column.. of `out` = x @ w.T; `gated`: silu(first half) * second half. Codes have the one scale
+    `out_scale`, which is stored in `written` f32[1]."""
+
+    x: DeviceArray
+    scale: Any
+    w: DeviceWeight
+    out: DeviceArray
+    column: int = 0
+    gated: bool = False
+    out_scale: float = 1.0
+    written: DeviceArray | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.x)
+
+    @property
+    def results(self) -> int:
+        return self.w.rows // 2 if self.gated else self.w.rows
+
+    @property
+    def inner(self) -> int:
+        """Inputs of a slice."""
+        return SLICE // self.x.dtype.itemsize
+
+    @property
+    def slices(self) -> int:
+        return -(-self.w.columns // self.inner)
+
+    @property
+    def in_eights(self) -> bool:
+        """Whether eight neighbouring results may be stored at once, and not as float32."""
+        whole = self.out.shape[1] % 8 == 0 and self.column % 8 == 0 and self.results % 8 == 0
+        return whole and self.out.dtype.itemsize <= 2
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What both kernels take behind the tensor maps."""
+        step = 0 if self.scale is None or self.scale.size == 1 else 1
+        return (
+            self.scale, step, self.w.scale, self.w.bias, self.out, np.int64(self.out.shape[1]), self.column,
+            self.tokens, self.w.rows, self.slices, self.out_scale, self.written,
+        )  # fmt: skip
+
+
 def linear(
     device: Device,
     x: DeviceArray,
@@ -85,28 +172,37 @@ def linear(
     gated: bool = False,
     out_scale: float = 1.0,
     written: DeviceArray | None = None,
-    cut: Cut | None = None,
-    direct: bool | None = None,
+    cut: Cut | Tiles | None = None,
 ) -> None:
-    """out[:, column..] = x @ w.T as kernels/wgmma.cu does it; `gated`: silu(first half) * second half, in the dtype of
-    `out`, codes with the one scale `out_scale`, which
-    is stored in `written` f32[1]."""
-    tokens, element = len(x), x.dtype.itemsize
-    slices = -(-w.columns * element // SLICE)
-    cut = cut or cut_for(tokens, w.rows, slices, device.multiprocessors)
-    if direct is None:
-        direct = tokens > WIDEST and finishes_in_registers(cut, w, out, column, gated)
+    """Queues one product (see Product), cut as was fastest unless `cut` says how."""
+    p = Product(x, scale, w, out, column, gated, out_scale, written)
+    if cut is None and p.in_eights:
+        cut = tiles_for(p.tokens, w.rows, p.slices, gated, device.multiprocessors)
+    cut = cut or cut_for(p.tokens, w.rows, p.slices, device.multiprocessors)
+    if isinstance(cut, Tiles):
+        _by_tiles(device, p, cut)
+    else:
+        _by_cut(device, p, cut)
+
+
+def _by_cut(device: Device, p: Product, cut: Cut) -> None:
     kernel = device.kernel(
-        "wgmma.cu", "linear_wgmma", ELEMENT=kind_of(x.dtype), OUT=kind_of(out.dtype), TOKENS=cut.tokens, ROWS=cut.rows,
-        STAGES=cut.stages, SPLIT=cut.split, BLOCKS=cut.blocks, GATED=int(gated), DIRECT=int(direct),
+        "wgmma.cu", "linear_wgmma", ELEMENT=kind_of(p.x.dtype), OUT=kind_of(p.out.dtype), TOKENS=cut.tokens,
+        ROWS=cut.rows, STAGES=cut.stages, SPLIT=cut.split, BLOCKS=cut.blocks, GATED=int(p.gated),
     )  # fmt: skip
-    inner, half = SLICE // element, cut.rows // 2
-    columns = half if gated else cut.rows
-    w_map = device.tensor_map(w.codes, (8 if gated and direct else columns, inner))
-    x_map = device.tensor_map(x, (cut.tokens, inner))
-    grid = -(-tokens // cut.tokens), -(-(w.rows // 2 if gated else w.rows) // columns), cut.split
-    step = 0 if scale is None or scale.size == 1 else 1
-    device.launch(
-        kernel, grid, cut.rows * 2 + 32, w_map, x_map, scale, step, w.scale, w.bias, out, np.int64(out.shape[1]),
-        column, tokens, w.rows, slices, out_scale, written, shared=cut.shared,
+    columns = cut.rows // 2 if p.gated else cut.rows
+    w_map = device.tensor_map(p.w.codes, (columns, p.inner))
+    x_map = device.tensor_map(p.x, (cut.tokens, p.inner))
+    grid = -(-p.tokens // cut.tokens), -(-p.results // columns), cut.split
+    device.launch(kernel, grid, cut.rows * 2 + 32, w_map, x_map, *p.arguments(), shared=cut.shared)
+
+
+def _by_tiles(device: Device, p: Product, tiles: Tiles) -> None:
+    kernel = device.kernel(
+        "wgmma_tiles.cu", "linear_tiles", ELEMENT=kind_of(p.x.dtype), OUT=kind_of(p.out.dtype), ROWS=tiles.rows,
+        STAGES=tiles.stages, SHARE=tiles.share, SPLIT=tiles.split, BIAS=int(p.w.bias is not None), GATED=int(p.gated),
     )  # fmt: skip
+    w_map = device.tensor_map(p.w.codes, (tiles.rows // 2, p.inner))
+    x_map = device.tensor_map(p.x, (TILE_TOKENS, p.inner))
+    blocks = tiles.blocks(p.tokens, p.w.rows, device.multiprocessors)
+    device.launch(kernel, blocks, 384, w_map, x_map, *p.arguments(), shared=tiles.shared)

@@ -31,8 +31,26 @@ DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int column, i
         ::"r"(shared_of(to)), "l"(map), "r"(shared_of(barrier)), "r"(column), "r"(row), "l"(policy) : "memory");
 }
 
+// The same box to the same place in each block of the cluster that `blocks` has a bit for, counted by the barrier there.
+DEVICE void copy_box_to(u16 blocks, void* to, const TensorMap* map, u64* barrier, int column, int row, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5, %6;"
+        ::"r"(shared_of(to)), "l"(map), "r"(shared_of(barrier)), "r"(column), "r"(row), "h"(blocks), "l"(policy) : "memory");
+}
+
+DEVICE void arrive_at(u64* barrier, int rank) {  // the barrier at the same place in another block of the cluster
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_of(barrier)), "r"(rank) : "memory");
+}
 DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same without waiting for what was stored: nobody leaves while others read its shared memory. What was read must
+// have arrived, that is, been used.
+DEVICE void leave_together() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 DEVICE uint4 load_from_block(u32 address, int rank) {  // the same shared address in another block of the cluster
     u32 there;
@@ -61,4 +79,14 @@ DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int PENDING>
 DEVICE void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// A warpgroup gives registers back, or takes some that others gave: each of its threads has COUNT from here on (0: as before).
+template <int COUNT>
+DEVICE void give_registers() {
+    if constexpr (COUNT > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+DEVICE void take_registers() {
+    if constexpr (COUNT > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }

@@ -1,19 +1,13 @@
-// Linear layers on Hopper: y[T, N] = x[T, K] w[N, K]^T with warpgroup products and bulk tensor copies (sm_90a only).
+// Linear layers of few tokens on Hopper: y[T, N] = x[T, K] w[N, K]^T with warpgroup products and bulk tensor copies (sm_90a only).
 //
 // Weight rows are the 64 rows of a product and tokens its columns, so that few tokens waste nothing. One warp copies
 // slices of 128 bytes of K into a ring of stages, weights before the predecessor has finished (nobody writes them); each
 // warpgroup multiplies 64 rows. SPLIT blocks of a cluster divide K; their sums are added through the cluster's shared
 // memory in a fixed order, so results repeat, and each block stores its share.
 //
-// DIRECT (many tokens): results are finished in registers and go through shared memory as 16-bit floats. Gate and up rows
-// then alternate by eights in a stage, so that a thread holds both.
-//
 // Macros: ELEMENT (INT8 | E4M3 | BF16 | F16 of x and w), OUT (F32 | BF16 | F16 | INT8 | E4M3), TOKENS (8 .. 256, a power of
 // two), ROWS (64, 128 or 256 per block), STAGES, SPLIT, BLOCKS (per multiprocessor), GATED (1: rows are gate then up;
-// y = silu(gate) * up has N / 2 columns), DIRECT (1: SPLIT is 1, OUT BF16 or F16).
-#ifndef DIRECT
-#define DIRECT 0
-#endif
+// y = silu(gate) * up has N / 2 columns).
 #include "common.cuh"
 #include "hopper.cuh"
 #include "product.cuh"
@@ -31,21 +25,6 @@ struct Shared {
     u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Stage) * STAGES >= TOKENS * kPad * 4, "the results must fit the stages");
-
-
-// Four 8 x 8 matrices of 16-bit elements, transposed, to the rows whose addresses the lanes give.
-DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-struct Row {
-    float scale, bias;
-    DEVICE Row(const float* scales, const float* biases, int row) : scale(scales ? scales[row] : 1.0f), bias(biases ? biases[row] : 0.0f) {}
-    DEVICE float finish(sum_t sum, float x_scale, bool scaled, bool biased) const {
-        float y = scaled ? __fmul_rn(float(sum), __fmul_rn(x_scale, scale)) : float(sum);
-        return biased ? __fadd_rn(y, bias) : y;
-    }
-};
 
 struct Four {
     float v[4];
@@ -95,7 +74,7 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
                      const float* w_scale, const float* bias, void* out, s64 out_stride, int out_column, int tokens, int rows,
                      int slices, float out_scale, float* scale_written) {
     extern __shared__ u8 memory[];
-    Shared& shared = *(Shared*)((u64(memory) + 1023) & ~1023ull);
+    Shared& shared = *(Shared*)(memory + (-shared_of(memory) & 1023));
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.x * TOKENS;
     int first_row = blockIdx.y * kColumns, second_row = rows / 2 + first_row, rank = SPLIT > 1 ? int(blockIdx.z) : 0;
     int begin = slices * rank / SPLIT, count = slices * (rank + 1) / SPLIT - begin;
@@ -114,15 +93,8 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
                 u64* barrier = &shared.full[i % STAGES];
                 expect_bytes(barrier, sizeof(Stage));
                 int column = (begin + i) * kSliceInputs;
-                if (GATED && DIRECT) {
-                    for (int r = 0; r < ROWS / 16; ++r) {
-                        copy_box(stage.w + r * 16 * kSlice, &w_map, barrier, column, first_row + r * 8, policy);
-                        copy_box(stage.w + (r * 16 + 8) * kSlice, &w_map, barrier, column, second_row + r * 8, policy);
-                    }
-                } else {
-                    copy_box(stage.w, &w_map, barrier, column, first_row, policy);
-                }
-                if (GATED && !DIRECT) copy_box(stage.w + kColumns * kSlice, &w_map, barrier, column, second_row, policy);
+                copy_box(stage.w, &w_map, barrier, column, first_row, policy);
+                if (GATED) copy_box(stage.w + kColumns * kSlice, &w_map, barrier, column, second_row, policy);
             };
             auto copy_inputs = [&](int i) {
                 copy_box(shared.stages[i % STAGES].x, &x_map, &shared.full[i % STAGES], (begin + i) * kSliceInputs, first_token, kKeep);
@@ -141,17 +113,11 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
         wait_for_predecessor();
 #if SPLIT > 1
         cluster_barrier();
-        cluster_barrier();
+        leave_together();
 #endif
         return;
     }
     int group = warp / 4, thread = threadIdx.x % 128;
-#if DIRECT
-    __shared__ __align__(16) float x_scales[TOKENS];
-    wait_for_predecessor();
-    for (int i = threadIdx.x; i < TOKENS; i += kConsumers)
-        x_scales[i] = x_scale ? x_scale[x_step * min(first_token + i, tokens - 1)] : 1.0f;
-#endif
     sum_t sum[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0;
@@ -167,51 +133,8 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
         if (i > 0 && thread == 0) arrive(&shared.empty[(i - 1) % STAGES]);
     }
     wait_for_products<0>();
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) {  // the registers are the products' until here
-#if ELEMENT == 3
-        asm volatile("" : "+r"(sum[i])::"memory");
-#else
-        asm volatile("" : "+f"(sum[i])::"memory");
-#endif
-    }
+    take_back(sum);
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");  // the stages are free: results go there, token by token
-#if DIRECT
-    int limit = GATED ? rows / 2 : rows, block = group * 4 + thread / 32;  // of 16 rows
-    int place = GATED ? block * 8 + lane / 4 : block * 16 + lane / 4;
-    int low_row = min(first_row + place, limit - 1), high_row = GATED ? rows / 2 + low_row : min(first_row + place + 8, limit - 1);
-    Row low(w_scale, bias, low_row), high(w_scale, bias, high_row);
-    constexpr int kOutRow = kColumns * 2 + 16;  // bytes of a token's results, padded: eight rows use different banks
-    u32 results = shared_of(shared.stages);
-    constexpr int kTogether = GATED ? 4 : 2;  // token tiles in one store
-#pragma unroll
-    for (int n = 0; n < TOKENS / 8; n += kTogether) {
-        u32 packed[4];
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-            const sum_t* d = sum + (n + j) * 4;
-            float2 scales = *(const float2*)(x_scales + (n + j) * 8 + lane % 4 * 2);
-            float a = low.finish(d[0], scales.x, w_scale, bias), b = low.finish(d[1], scales.y, w_scale, bias);
-            float c = high.finish(d[2], scales.x, w_scale, bias), e = high.finish(d[3], scales.y, w_scale, bias);
-            if constexpr (GATED) {
-                packed[j] = pack_two<OUT>(swiglu<false>(a, c), swiglu<false>(b, e));
-            } else {
-                packed[2 * j] = pack_two<OUT>(a, b);
-                packed[2 * j + 1] = pack_two<OUT>(c, e);
-            }
-        }
-        int token = (GATED ? n + lane / 8 : n + lane / 16) * 8 + lane % 8, column = GATED ? block * 8 : block * 16 + lane / 8 % 2 * 8;
-        store_transposed(results + token * kOutRow + column * 2, packed[0], packed[1], packed[2], packed[3]);
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
-    if (scale_written && blockIdx.x + blockIdx.y + threadIdx.x == 0) *scale_written = out_scale;
-    for (int i = threadIdx.x; i < min(TOKENS, tokens - first_token) * (kColumns / 8); i += kConsumers) {
-        int token = i / (kColumns / 8), column = i % (kColumns / 8) * 8;
-        if (first_row + column >= limit) continue;
-        uint4 eight = *(const uint4*)((const u8*)shared.stages + token * kOutRow + column * 2);
-        *(uint4*)((u16*)out + (first_token + token) * out_stride + out_column + first_row + column) = eight;
-    }
-#else
     sum_t* results = (sum_t*)shared.stages;
     int row = group * 64 + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
@@ -241,7 +164,6 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
         store(out, (first_token + token) * out_stride + out_column + first_row + place, four, out_scale);
     }
 #if SPLIT > 1
-    cluster_barrier();  // nobody leaves while others read its results
-#endif
+    leave_together();
 #endif
 }

@@ -90,32 +90,84 @@ def test_swiglu_in_the_epilogue(device_bf16: Device, case: str, tokens: int, spe
     assert np.all(np.abs(values - want.values) <= steps + 1e-2 * np.abs(want.values).max(axis=1, keepdims=True))
 
 
-@pytest.mark.parametrize("cut", [hopper.Cut(256, 128, 4, 1, 1), hopper.Cut(128, 256, 4, 1, 1)], ids=str)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("size", [(300, 400, 528), (257, 656, 1040)])
-def test_results_finished_in_registers(
-    device_bf16: Device, cut: hopper.Cut, gated: bool, size: tuple[int, int, int]
+TILES = [*map(hopper.Tiles, (96, 224, 256)), hopper.Tiles(224, share=2), hopper.Tiles(256, share=2)]
+SPLIT_TILES = [hopper.Tiles(rows, split=2) for rows in (96, 128, 192)]
+WIDE_SIZES = [(257, 656, 1040), (300, 2064, 256), (1000, 400, 528)]
+
+
+@pytest.mark.parametrize("tiles", [*TILES, *SPLIT_TILES], ids=str)
+@pytest.mark.parametrize("size", WIDE_SIZES)
+@pytest.mark.parametrize("case", ["int8-int8", "fp8-fp8", "bf16"])
+def test_tiles(device_bf16: Device, tiles: hopper.Tiles, size: tuple[int, int, int], case: str) -> None:
+    """int8 sums are exact and finished as the CPU does; the others differ from it by sums of another order."""
+    a, weight = many_tokens(device_bf16, case, size, bias=case != "fp8-fp8")
+    got = narrow(device_bf16, a, weight, tiles)
+    if case == "int8-int8":
+        want = REFERENCE.linear(a, REFERENCE.pack([weight])).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+    else:
+        assert_close(got.astype(np.float32), a, weight, 1e-2)
+        np.testing.assert_array_equal(narrow(device_bf16, a, weight, tiles).view(np.uint16), got.view(np.uint16))
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("size", WIDE_SIZES)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.int8, ml_dtypes.float8_e4m3fn], ids=str)
+def test_tiles_of_gates_and_ups(
+    device_bf16: Device, tiles: hopper.Tiles, size: tuple[int, int, int], dtype: Any
 ) -> None:
-    """They equal those that go through shared memory, bit for bit."""
-    if not device_bf16.hopper:
+    """The kernel for few tokens gives the same bits."""
+    a, weight = many_tokens(device_bf16, "int8-int8", size, bias=dtype == np.int8)
+    few = narrow(device_bf16, a, weight, hopper.Cut(256, 128, 4, 1, 1), gated=True, dtype=dtype)
+    many = narrow(device_bf16, a, weight, tiles, gated=True, dtype=dtype)
+    np.testing.assert_array_equal(many.view(np.uint8), few.view(np.uint8))
+
+
+def many_tokens(device: Device, case: str, size: tuple[int, int, int], bias: bool) -> tuple[Activation, LinearWeight]:
+    if not device.hopper:
         pytest.skip("runs on a Hopper GPU, without QUANTBENCH_CUDA_PORTABLE")
     tokens, n, k = size
-    for case in ("int8-int8", "fp8-fp8"):
-        weight = weight_of(case, n, k)
-        packed = gemm.pack(device_bf16, parts_of([weight])[0])
-        a = inputs_of(device_bf16, weight, tokens, k)
-        assert a.scale is not None
-        x, scale = device_bf16.upload(a.codes), device_bf16.upload(a.scale)  # type: ignore[arg-type]
-        got = []
-        for direct in (False, True):
-            out = device_bf16.empty((tokens, (n // 2 if gated else n) + 16), device_bf16.dtype)
-            device_bf16.fill(out, 0xFF)
-            hopper.linear(device_bf16, x, scale, packed, out, 8, gated=gated, cut=cut, direct=direct)
-            got.append(device_bf16.fetch(out).view(np.uint16))
-        np.testing.assert_array_equal(got[0], got[1])
-        assert np.all(got[1][:, :8] == 0xFFFF)
-        assert np.all(got[1][:, -8:] == 0xFFFF)
-        assert not np.all(got[1][:, 8:-8] == 0xFFFF, axis=0).any()
+    if case != "bf16":
+        weight = weight_of(case, n, k, bias=bias)
+        return inputs_of(device, weight, tokens, k), weight
+    rng = np.random.default_rng(0)
+    offset = np.ones(n, np.float32) if bias else None
+    weight = LinearWeight("w", rng.standard_normal((n, k)).astype(ml_dtypes.bfloat16), offset)
+    return Activation(rng.standard_normal((tokens, k)).astype(ml_dtypes.bfloat16).astype(np.float32)), weight
+
+
+def narrow(
+    device: Device,
+    a: Activation,
+    weight: LinearWeight,
+    cut: hopper.Cut | hopper.Tiles,
+    gated: bool = False,
+    dtype: Any = ml_dtypes.bfloat16,
+) -> np.ndarray:
+    """The result in `dtype`, written into the middle columns of a poisoned array; the rest must stay poison."""
+    packed = gemm.pack(device, parts_of([weight])[0])
+    width = packed.rows // 2 if gated else packed.rows
+    out = device.empty((a.tokens, width + 16), np.dtype(dtype))
+    device.fill(out, 0xFF)
+    x: Any = a.codes if a.codes is not None else a.values.astype(ml_dtypes.bfloat16)  # type: ignore[union-attr]
+    scale = None if a.scale is None else device.upload(a.scale)
+    hopper.linear(device, device.upload(x), scale, packed, out, 8, gated=gated, out_scale=0.37, cut=cut)
+    got = device.fetch(out)
+    beside = np.concatenate([got[:, :8], got[:, -8:]], axis=1)
+    assert np.all(np.ascontiguousarray(beside).view(np.uint8) == 0xFF)
+    return np.ascontiguousarray(got[:, 8:-8])
+
+
+def test_tiles_fit_a_multiprocessor_and_leave_few_idle() -> None:
+    for tokens in (1, 64, 65, 129, 257, 1000, 8192):
+        for rows, slices, gated in ((4096, 32, False), (28672, 32, True), (4096, 112, False), (272, 4, True)):
+            tiles = hopper.tiles_for(tokens, rows, slices, gated, 132)
+            assert (tiles is None) == (tokens <= 64) or tokens <= 256
+            if tiles is not None:
+                assert tiles.shared <= hopper.SHARED
+                assert tiles.split == 1 or not gated
+                assert 1 <= tiles.blocks(tokens, rows, 132) <= 132
+    assert hopper.tiles_for(8192, 28672, 32, True, 132) == hopper.Tiles(256, share=2)
 
 
 def test_the_cut_follows_from_the_shape() -> None:
