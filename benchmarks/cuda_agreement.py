@@ -11,6 +11,10 @@ Per checkpoint and dtype between operations:
 - `top1`, `perplexity`: both run freely from the first token. Differences of 1e-7 grow to the size of the
   quantization noise within a dozen layers where inputs are quantized (docs/measuring.md, Parity): `cpu_isas` says how
   far two instruction sets of the CPU are apart on the same windows.
+
+With `--reference` also `exact`: the GPU with every sum of floats in double, against the numpy column of the op table,
+whose sums are double too. No order of terms matters then, so both may run freely: `top1`, `logits_equal` (bit for bit)
+and `codes_different` (of a traced window, code by code) are of whole runs from the first token.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quantbench.infer.checkpoint.source import open_model
+from quantbench.infer.checkpoint.source import ModelSource, open_model
 from quantbench.infer.cuda.bench import describe
 from quantbench.infer.cuda.ops import CudaOps
 from quantbench.infer.engine import Engine
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4088)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--reference", action="store_true", help="also the numpy column; a minute a checkpoint")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     found: dict[str, Any] = {
@@ -80,7 +85,25 @@ def compare(path: str, asked: argparse.Namespace) -> dict[str, Any]:
         row[dtype]["perplexity_change"] = row[dtype]["perplexity"] / row["perplexity_cpu"] - 1
         print(Path(path).name, dtype, json.dumps(row[dtype]), "cpu isas:", json.dumps(row["cpu_isas"]), flush=True)
         gpu.runner.ops.device.release()  # type: ignore[attr-defined]
+    if asked.reference:
+        row["exact"] = exact(source, windows)
+        print(Path(path).name, "exact", json.dumps(row["exact"]), flush=True)
     return row
+
+
+def exact(source: ModelSource, windows: list[list[int]]) -> dict[str, Any]:
+    """GPU and numpy, both with sums in double, each from the first token to the last."""
+    reference, gpu = (Engine.load(source, ops=ops) for ops in ("reference", CudaOps("exact")))
+    base, mine = ([engine.score(window) for window in windows] for engine in (reference, gpu))
+    equal = float(np.mean([(a == b).mean() for a, b in zip(base, mine, strict=True)]))
+    first, second = (engine.trace(windows[0][:TRACED]).taps for engine in (reference, gpu))
+    coded = [(tap.codes, second[name].codes) for name, tap in first.items() if tap.codes is not None]
+    different = sum(int((a.view(np.uint8) != np.asarray(b).view(np.uint8)).sum()) for a, b in coded)
+    change = perplexity(mine, windows) / perplexity(base, windows) - 1
+    return agreement(base, mine) | {
+        "perplexity": perplexity(mine, windows), "perplexity_change": change, "logits_equal": equal,
+        "codes": sum(a.size for a, _ in coded), "codes_different": different,
+    }  # fmt: skip
 
 
 def perplexity(logits: list[F32], windows: list[list[int]]) -> float:
