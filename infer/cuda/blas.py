@@ -1,4 +1,4 @@
-"""cuBLASLt, where it is the best matrix multiplication: bf16, float16 and e4m3 with many tokens.
+"""cuBLASLt, where it is the best matrix multiplication: bf16 and float16 with many tokens (e4m3 only in bench.py).
 
 It comes with the `cuda` extra and is optional: without it our own kernels run every shape, and `quantbench doctor`
 says so. Row-major out[T, N] = x[T, K] w[N, K]ᵀ is, to a column-major library, the [N, T] matrix w xᵀ; so the scales
@@ -33,7 +33,6 @@ TYPES: dict[np.dtype[Any], int] = {
 BEST_FROM: dict[np.dtype[Any], int] = {  # tokens from which it was the fastest on an H200
     np.dtype(ml_dtypes.bfloat16): 49,
     np.dtype(np.float16): 49,
-    np.dtype(ml_dtypes.float8_e4m3fn): 385,
 }
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -187,15 +186,13 @@ def forbid(device: Device) -> None:
 def wins(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
     """Whether the library is there, takes this product, and was measured to be the fastest at this size."""
     least = BEST_FROM.get(x.dtype)
-    return least is not None and len(x) >= least and suits(device, x, w, out) and open_blas(device) is not None
+    return least is not None and len(x) >= least and suits(x, w, out) and open_blas(device) is not None
 
 
-def suits(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
-    """Whether the library takes a product: 16-bit floats, or e4m3 with vector scales (Hopper), rows in 16 bytes."""
-    aligned = x.shape[1] * x.dtype.itemsize % 16 == 0 and out.shape[1] % 8 == 0
-    if x.dtype != w.dtype or out.dtype not in TYPES or not aligned:
-        return False
-    return x.dtype.itemsize == 2 or (x.dtype == E4M3 and device.capability == (9, 0))
+def suits(x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
+    """Whether the library takes a product of 16-bit floats: rows in 16 bytes."""
+    aligned = x.shape[1] % 8 == 0 and out.shape[1] % 8 == 0
+    return x.dtype == w.dtype and x.dtype.itemsize == 2 and out.dtype in TYPES and aligned
 
 
 def _pointer(array: DeviceArray) -> ctypes.c_void_p:

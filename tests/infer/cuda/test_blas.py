@@ -61,9 +61,9 @@ def test_rows_that_are_not_aligned_are_not_its_matter(device_bf16: Device) -> No
     def array(rows: int, columns: int) -> object:
         return device_bf16.empty((rows, columns), ml_dtypes.bfloat16)
 
-    assert suits(device_bf16, array(64, 64), array(64, 64), array(64, 64))
-    assert not suits(device_bf16, array(64, 60), array(64, 60), array(64, 64))
-    assert not suits(device_bf16, array(64, 64), array(63, 64), array(64, 63))
+    assert suits(array(64, 64), array(64, 64), array(64, 64))
+    assert not suits(array(64, 60), array(64, 60), array(64, 64))
+    assert not suits(array(64, 64), array(63, 64), array(64, 63))
 
 
 def test_it_can_be_forbidden(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
