@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.infer.checkpoint.prefix import Prefix
+from quantbench.infer.engine.large_pages import large_zeros
 from quantbench.infer.models import ModelConfig
 from quantbench.infer.ops import PAGE, LayerCache
 from quantbench.quantizers.activation import quantize_heads
@@ -55,11 +56,8 @@ def allocate_layer(config: ModelConfig, cache_format: str, pages: int, scales: S
     dtype = storage(cache_format)
     shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
     raw = {1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize]
-    if cache_format.endswith(DYNAMIC):
-        k_scale, v_scale = np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)
-    else:
-        ones = np.ones(config.num_kv_heads, np.float32)
-        k_scale, v_scale = scales if scales is not None else (ones, ones)
+    ones = np.ones(config.num_kv_heads, np.float32)
+    k_scale, v_scale = scales if scales is not None else (ones, ones)
     return LayerCache(
         k=np.zeros(shape, raw).view(dtype), v=np.zeros(shape, raw).view(dtype), k_scale=k_scale, v_scale=v_scale
     )
@@ -144,6 +142,9 @@ class KVCache:
     ) -> None:
         self.format = cache_format
         self.pool = PagePool(pages_for(tokens) + spare)
+        if cache_format.endswith(DYNAMIC):
+            held = large_zeros((len(scales), 2, self.pool.pages, config.num_kv_heads, PAGE))
+            scales = [(k, v) for k, v in held]
         self.layers = [allocate_layer(config, cache_format, self.pool.pages, s) for s in scales]
         self.prefix_length = len(prefix) if prefix else 0
         self._prefix = [self._held(prefix, number) for number in range(config.num_layers)] if prefix else []
