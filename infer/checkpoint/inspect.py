@@ -41,6 +41,10 @@ def describe(path: str | Path) -> list[Row]:
     rows = [_linear_row(source, plan, parts[plan.name]) for plan in plans.values()]
     rows += [_tensor_row(source, name) for name in rest]
     rows += [_prefix_row(source.prefix)] if source.prefix else []
+    cache = source.quantization.cache if source.quantization else None
+    if cache and cache.dynamic:  # of which nothing is stored; static scales are tensors
+        shape = (source.config.num_kv_heads, source.config.head_dim)
+        rows.append(Row("kv_cache", f"{cache.codes} per token and head", "", shape, 0))
     return sorted(rows, key=lambda row: _natural(row.name))
 
 

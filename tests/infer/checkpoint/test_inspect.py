@@ -51,6 +51,12 @@ def test_cache_scales_and_biases(make_model, write_checkpoint):
     assert found["model.layers.1.self_attn.v_proj.bias"].shape == (32,)
 
 
+def test_a_dynamic_cache(make_model, write_checkpoint):
+    source = open_model(make_model())
+    cache = rows(write_checkpoint(source, variant_of("bf16c8_fp8_dynamic", source)))["kv_cache"]
+    assert (cache.stored, cache.shape, cache.bytes) == ("fp8_e4m3 per token and head", (2, 16), 0)
+
+
 def test_a_gguf_file(make_model, tmp_path):
     found = rows(write_gguf(tmp_path / "m.gguf", make_model(), "Q8_0"))
     row = found["model.layers.0.mlp.up_proj.weight"]
