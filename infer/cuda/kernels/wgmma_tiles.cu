@@ -11,7 +11,7 @@
 // has them), STAGES, SHARE, SPLIT, BIAS (1: there is one), GATED (1: rows are gate then up, half of a tile each; y =
 // silu(gate) * up has N / 2 columns).
 #define COLUMNS ROWS
-#include "tiles.cuh"
+#include "ring.cuh"
 #include "product.cuh"
 
 #if OUT == 3 || OUT == 5
