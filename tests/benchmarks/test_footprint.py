@@ -17,7 +17,7 @@ from quantbench.infer.checkpoint.source import open_model
 from quantbench.infer.engine import Engine
 
 
-@pytest.mark.parametrize("mode", ["a8w8+head", "a8w8c8+head", "bf16", "weight_only_int4"])
+@pytest.mark.parametrize("mode", ["a8w8+head", "a8w8c8+head", "a8w8c8_dynamic+head", "bf16", "weight_only_int4"])
 def test_a_rounded_checkpoint(tiny_model: Path, tmp_path: Path, mode: str) -> None:
     engine = Engine.load(rounded(open_model(tiny_model), mode, tmp_path))
     assert engine.mode.name == mode.removesuffix("+head")
@@ -39,10 +39,13 @@ def test_what_is_above_the_limit_is_said(capsys: pytest.CaptureFixture[str]) -> 
     assert "ABOVE" in fat
 
 
-def test_caches_are_compared_step_by_step(tiny_model: Path, tmp_path: Path) -> None:
-    engines = [Engine.load(rounded(open_model(tiny_model), mode, tmp_path)) for mode in ("a8w8", "a8w8c8")]
-    pairs = quantized_cache.compare(*engines, batch=2, context=70, steps=4)
-    assert len(pairs.float_cache) == len(pairs.int8_cache) == 4
+@pytest.mark.parametrize(("mode", "cache"), [("a8w8c8", "int8"), ("a8w8c8_dynamic", "int8_dynamic")])
+def test_caches_are_compared_step_by_step(mode: str, cache: str, tiny_model: Path, tmp_path: Path) -> None:
+    first, other = (Engine.load(rounded(open_model(tiny_model), m, tmp_path)) for m in ("a8w8", mode))
+    pairs = quantized_cache.compare((first, other), batch=2, context=70, steps=4)
+    assert pairs.cache == cache
+    assert len(pairs.float_cache) == len(pairs.quantized) == 4
     low, high = pairs.quartiles
     assert 0 < low <= high
-    assert all(engine.idle for engine in engines)
+    assert first.idle
+    assert other.idle
