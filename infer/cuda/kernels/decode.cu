@@ -93,7 +93,8 @@ KERNEL void __launch_bounds__(kWarps * 32)
     float o[kSteps][kTiles][4] = {}, top[kTiles][2], total[kTiles][2] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) top[n][0] = top[n][1] = kNone;
-    float factor = rsqrtf(float(SIZE)) * 1.44269504f;
+    float factor = rsqrtf(float(SIZE)) * 1.44269504f, v_top = kSmallestScale;  // PER_TOKEN: the largest of V's scales so far,
+                                                                              // in whose units `o` is
     if constexpr (kCodes && !PER_TOKEN) factor *= k_scale[kv_head];
 
     for (int page = begin; page < end; ++page) {
@@ -107,14 +108,16 @@ KERNEL void __launch_bounds__(kWarps * 32)
         u32 stage = shared_address(held);
         if (appends && page == pages - 1)
             append(cache, new_k, new_v, (s64(table[page]) * kv_heads + kv_head) * kPage + newest % kPage, newest % kTokens, held);
-        float s[kTiles][4] = {}, ks[2] = {1.0f, 1.0f}, vs[2] = {1.0f, 1.0f}, v_top = 1.0f;
+        float s[kTiles][4] = {}, ks[2] = {1.0f, 1.0f}, vs[2] = {1.0f, 1.0f}, v_shrink = 1.0f;
         score(s, stage, queries, lane);
         if constexpr (PER_TOKEN) {
             const float* scales = (const float*)(held + 2 * kSide);
             ks[0] = scales[g], ks[1] = scales[g + 8];
             vs[0] = first + g < tokens ? scales[kTokens + g] : 0.0f;
             vs[1] = first + g + 8 < tokens ? scales[kTokens + g + 8] : 0.0f;
-            v_top = fmaxf(over_rows_max(fmaxf(vs[0], vs[1])), kSmallestScale);
+            float before = v_top;
+            v_top = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(fmaxf(before, fmaxf(vs[0], vs[1])))));
+            v_shrink = __fdividef(before, v_top);
             vs[0] = __fdividef(vs[0], v_top), vs[1] = __fdividef(vs[1], v_top);
         }
         u32 p[kTiles][2];
@@ -138,24 +141,15 @@ KERNEL void __launch_bounds__(kWarps * 32)
             p[n][0] = transpose(pack_two<kKind>(s[n][0] * vs[0], s[n][1] * vs[0]));
             p[n][1] = transpose(pack_two<kKind>(s[n][2] * vs[1], s[n][3] * vs[1]));
         }
-        if constexpr (PER_TOKEN) {
-            float part[kSteps][kTiles][4] = {};
-            accumulate(part, stage + kSide, p, lane);
 #pragma unroll
-            for (int m = 0; m < kSteps; ++m)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-                for (int n = 0; n < kTiles; ++n)
+            for (int h = 0; h < 2; ++h) {
+                if constexpr (PER_TOKEN) shrink[n][h] *= v_shrink;
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) o[m][n][c] = o[m][n][c] * shrink[n][c % 2] + part[m][n][c] * v_top;
-        } else {
-#pragma unroll
-            for (int m = 0; m < kSteps; ++m)
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) o[m][n][c] *= shrink[n][c % 2];
-            accumulate(o, stage + kSide, p, lane);
-        }
+                for (int m = 0; m < kSteps; ++m) o[m][n][h] *= shrink[n][h], o[m][n][2 + h] *= shrink[n][h];
+            }
+        accumulate(o, stage + kSide, p, lane);
     }
     wait_for_copies<0>();
     __syncthreads();  // the stages are free: the warps' results go there
@@ -170,8 +164,8 @@ KERNEL void __launch_bounds__(kWarps * 32)
             if (g == 0) ends[place] = make_float2(top[n][h], all);
 #pragma unroll
             for (int m = 0; m < kSteps; ++m) {
-                exchange[place * kPad + element_of(m, g, 0)] = o[m][n][h];
-                exchange[place * kPad + element_of(m, g, 1)] = o[m][n][2 + h];
+                exchange[place * kPad + element_of(m, g, 0)] = PER_TOKEN ? o[m][n][h] * v_top : o[m][n][h];
+                exchange[place * kPad + element_of(m, g, 1)] = PER_TOKEN ? o[m][n][2 + h] * v_top : o[m][n][2 + h];
             }
         }
     __syncthreads();
