@@ -5,7 +5,7 @@
 MODEL is a float model (a HF directory, GGUF file, hub or demo name). It is rounded to nearest and written as
 checkpoints: a8w8 and weight_only_int4 with the head held as int8 (what every peer's int8 file has), and bf16. Measured
 are prefill of 512 tokens and decoding at batches of 1, 8 and 16; load time and memory, in fresh processes
-(footprint.py); and quantized KV caches beside a float one at a long context, step by step (quantized_cache.py). Modes and
+(footprint.py); and int8 KV caches beside a float one at a long context, step by step (quantized_cache.py). Modes and
 peers take turns within a round, so a machine that slows down slows all of them alike; ratios are those of the rounds,
 shown with their extremes. CPU time per token hardly changes where other processes compete.
 
