@@ -1,10 +1,12 @@
-"""Linear layers on the device: how a weight lies there, which kernel multiplies it, and the launch.
+"""Linear layers on the device: which kernel multiplies a weight (layout.py: how it lies there), and the launch.
 
     stream   few tokens: weights straight from memory into tensor-core registers; every kind
     tile     many tokens, inputs and weights of one kind (int8, e4m3, bf16)
     wgmma    the same on Hopper, few and many tokens (hopper.py)
+    digits   quantized weights and a few tokens of 16-bit inputs on Hopper (digits.py)
+    mixed    the same, up to some hundred tokens (mixed.py)
     blas     cuBLASLt, where it is installed: bf16 and e4m3, many tokens
-    widen    quantized weights and many float inputs: the weight as bf16 first, then blas or tile
+    widen    quantized weights and many float inputs: the weight as 16-bit floats first, then blas, wgmma or tile
     plain    everything else: any kinds, any shape, slow
 
 `choose` decides from kinds and shapes alone; tests force each kernel.
@@ -18,21 +20,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quantbench.errors import CheckpointError
-from quantbench.infer.cuda import blas, hopper, rows
+from quantbench.infer.cuda import blas, digits, hopper, mixed, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import BF16, CODES, DTYPES, E4M3, F16, F32, INT4, INT8, kind_of
+from quantbench.infer.cuda.layout import fields as fields
+from quantbench.infer.cuda.layout import pack as pack
+from quantbench.infer.cuda.layout import pack_int4 as pack_int4
 from quantbench.infer.cuda.weight import DeviceWeight
-from quantbench.infer.ops.pack import INT8_DOT, Part
-from quantbench.infer.ops.types import Activation, ActSpec, Array
+from quantbench.infer.ops.pack import INT8_DOT
+from quantbench.infer.ops.types import Activation, ActSpec
 
-F16_MAX = 65504.0
-INT4_BLOCK = 128  # int4 rows are padded to whole blocks of so many inputs
 HELD_BYTES = 72 << 10  # of inputs that a streaming block keeps in shared memory
 STREAM_TOKENS = 32  # above it the weights are no longer what takes the time
 TILE_ROWS, TILE_STAGES, SLICE = 128, 3, 128  # as in kernels/tile.cu
-GATED_TOKENS = {BF16: 128, E4M3: 384}  # above it the library's product and SwiGLU on its own beat the fused kernel
 WIDE_TOKENS = 64  # above it a quantized weight with float inputs is widened to bf16 first
 
 
@@ -46,73 +47,6 @@ class Linear:
     columns: int
     group: int  # inputs per weight scale; 0: one scale per row, or none
     zero: bool
-
-
-def fields(kind: int, rows: int, columns: int, group_size: int, zero: bool) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of a device weight's arrays. Scales and zero points are [K / group, N], one row per group."""
-    groups = -(-columns // group_size) if group_size else 1
-    if kind == INT4:
-        codes: tuple[tuple[int, ...], Any] = (rows, -(-columns // INT4_BLOCK) * INT4_BLOCK // 2), np.dtype(np.uint8)
-    else:
-        codes = (rows, columns), DTYPES[_base(kind)]
-    out = {"codes": codes}
-    if kind not in (F32, BF16, F16):
-        out["scale"] = (groups, rows), np.dtype(np.float32)
-    if zero:
-        out["zero"] = (groups, rows), np.dtype(np.int32)
-    return out
-
-
-def pack(device: Device, part: Part) -> DeviceWeight:
-    """The weights of `part` on the device: codes row by row, int4 codes in the order that kernels unpack. Where float16
-    passes between operations, float weights are held in it too: products want both alike. Raises CheckpointError for a
-    weight beyond float16's range."""
-    codes = np.concatenate(part.codes) if len(part.codes) > 1 else part.codes[0]
-    kind = part.kind
-    if kind == INT4:
-        codes = pack_int4(codes)
-    if kind in (BF16, F32) and device.dtype == np.float16:
-        codes, kind = _as_float16(codes, part.names), F16
-    return DeviceWeight(
-        kind,
-        part.rows,
-        part.columns,
-        device.upload(np.ascontiguousarray(codes)),
-        None if part.scale is None else device.upload(np.ascontiguousarray(part.scale.T)),
-        None if part.zero is None else device.upload(np.ascontiguousarray(part.zero.T)),
-        part.group_size,
-        None if part.bias is None else device.upload(part.bias),
-        part.activations,
-    )
-
-
-def _as_float16(codes: Array, names: tuple[str, ...]) -> Array:
-    wide = codes.astype(np.float32)
-    if (largest := float(np.abs(wide).max(initial=0.0))) > F16_MAX:
-        raise CheckpointError(
-            f"{', '.join(names)}: a weight of magnitude {largest:.6g} is beyond float16's {F16_MAX:.0f}; "
-            f"set QUANTBENCH_CUDA_DTYPE to bfloat16 or float32"
-        )
-    return wide.astype(np.float16)
-
-
-def pack_int4(codes: Array) -> Array:
-    """int8 codes [N, K] in -8..7 as bytes [N, ceil(K / 128) * 64].
-
-    A word holds eight neighbours, stored as code + 8, in nibbles 0 2 4 6 1 3 5 7 of increasing input: two neighbours
-    then stand 16 bits apart, where tensor-core registers want them. The 16 words of 128 inputs are transposed as a
-    4 x 4 matrix, so that the 16 bytes that lane t of four reads are inputs 8t.. of each run of 32: a tensor-core step
-    then takes 32 inputs of one group.
-    """
-    rows, columns = codes.shape
-    padded = np.zeros((rows, -(-columns // INT4_BLOCK) * INT4_BLOCK), np.int8)
-    padded[:, :columns] = codes
-    nibbles = (padded.reshape(rows, -1, 8) + 8).astype(np.uint32)
-    words = np.zeros(nibbles.shape[:2], np.uint32)
-    for i in range(8):
-        words |= nibbles[:, :, i] << np.uint32(4 * (i % 2 * 4 + i // 2))
-    words = words.reshape(rows, -1, 4, 4).transpose(0, 1, 3, 2)
-    return np.ascontiguousarray(words).reshape(rows, -1).view(np.uint8)
 
 
 def linear(device: Device, a: Activation, w: DeviceWeight, out: DeviceArray, column: int = 0) -> None:
@@ -134,7 +68,11 @@ def linear_swiglu(device: Device, a: Activation, w: DeviceWeight, spec: ActSpec)
     out = device.empty((one.tokens, w.rows // 2), dtype)
     out_scale = float(spec.scale) if spec.scale is not None else 1.0
     written = device.empty((1,), DTYPES[F32]) if static else None
-    if kernel_for(device, one, w, out, 0) == "wgmma":
+    name = kernel_for(device, one, w, out, 0)
+    if name in ("digits", "mixed"):
+        product = digits.linear if name == "digits" else mixed.linear
+        product(device, x, w, out, gated=True, out_scale=out_scale, written=written)
+    elif name == "wgmma":
         hopper.linear(device, x, scale, w, out, gated=True, out_scale=out_scale, written=written)
     else:
         _stream(device, one, x, scale, w, out, 0, gated=True, out_scale=out_scale, written=written)
@@ -144,19 +82,24 @@ def linear_swiglu(device: Device, a: Activation, w: DeviceWeight, spec: ActSpec)
 
 
 def fuses_swiglu(device: Device, w: DeviceWeight, tokens: int, spec: ActSpec) -> bool:
-    """Whether `linear_swiglu` takes this weight: bfloat16 between operations, and not so many tokens that a library's
-    product and a kernel of its own are faster."""
+    """Whether `linear_swiglu` takes this weight: 16-bit floats between operations; few tokens, or a Hopper GPU."""
     x = kind_of(device.dtype) if w.activations is None else CODES[w.activations]
     if device.dtype == np.float32 or spec.keep_float or w.rows % 16:
         return False
+    if mixed.tiled(w):
+        return mixed.gates(w, tokens)
     one = _linear(x, tokens, w)
     if _only_plain(one, w.kind == INT8_DOT):
         return False
-    return tokens <= STREAM_TOKENS or (device.hopper and one.w == x and tokens <= GATED_TOKENS.get(x, tokens))
+    return tokens <= STREAM_TOKENS or (device.hopper and one.w == x)
 
 
 def kernel_for(device: Device, one: Linear, w: DeviceWeight, out: DeviceArray, column: int) -> str:
-    """`choose`, and on Hopper its own kernel where that takes the shape."""
+    """`choose`, and on Hopper its own kernels where they take the shape."""
+    if device.exact and not (one.x == INT8 and w.kind == INT8_DOT):
+        return "plain"
+    if mixed.tiled(w):
+        return "digits" if digits.takes(w, one.tokens) else "mixed" if one.tokens <= mixed.MOST_TOKENS else "widen"
     same = device.dtype == np.float32
     name = choose(one, w.kind == INT8_DOT, same)
     alike = one.x == one.w and not (same and one.x != INT8)
@@ -241,7 +184,14 @@ def _plain(
 ) -> None:
     exact = w.kind == INT8_DOT and one.x == INT8
     kernel = device.kernel(
-        "plain.cu", "linear_plain", X=one.x, W=one.w, OUT=kind_of(out.dtype), ASYM=int(one.zero), EXACT=int(exact)
+        "plain.cu",
+        "linear_plain",
+        X=one.x,
+        W=one.w,
+        OUT=kind_of(out.dtype),
+        ASYM=int(one.zero),
+        EXACT=int(exact),
+        DOUBLE=int(device.exact),
     )
     device.launch(
         kernel, (-(-w.rows // 64), -(-one.tokens // 64)), 256, x, scale, _step(scale), w.codes, w.scale, w.zero, w.bias,
@@ -253,11 +203,10 @@ def _plain(
 def _widen(
     device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
 ) -> None:
-    wide = widened(device, w)
-    if _in_library(device, x, wide, out):
-        _blas(device, one, x, None, wide, out, column)
-        return
-    _tile(device, Linear(one.x, BF16, one.tokens, one.columns, 0, False), x, None, wide, out, column)
+    wide = mixed.widened(device, w) if mixed.tiled(w) else widened(device, w)
+    one = _linear(one.x, one.tokens, wide)
+    name = "blas" if _in_library(device, x, wide, out) else kernel_for(device, one, wide, out, column)
+    KERNELS[name](device, one, x, None, wide, out, column)
 
 
 def widened(device: Device, w: DeviceWeight) -> DeviceWeight:
@@ -292,7 +241,22 @@ def _wgmma(
     hopper.linear(device, x, scale, w, out, column)
 
 
-KERNELS = {"blas": _blas, "wgmma": _wgmma, "stream": _stream, "tile": _tile, "plain": _plain, "widen": _widen}
+def _digits(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    digits.linear(device, x, w, out, column)
+
+
+def _mixed(
+    device: Device, one: Linear, x: DeviceArray, scale: Any, w: DeviceWeight, out: DeviceArray, column: int
+) -> None:
+    mixed.linear(device, x, w, out, column)
+
+
+KERNELS = {
+    "blas": _blas, "wgmma": _wgmma, "digits": _digits, "mixed": _mixed, "stream": _stream, "tile": _tile,
+    "plain": _plain, "widen": _widen,
+}  # fmt: skip
 
 
 def _in_library(device: Device, x: DeviceArray, w: DeviceWeight, out: DeviceArray) -> bool:

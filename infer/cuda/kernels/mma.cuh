@@ -41,6 +41,20 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return r;
 }
 
+DEVICE u32 fma_f16x2(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// (word & MASK) | magic as one instruction: of two constants a compiler makes two.
+template <u32 MASK>
+DEVICE u32 keep_bits(u32 word, u32 magic) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(MASK), "r"(magic));
+    return r;
+}
+
 // Bytes `first` and `second` of `codes` as two floats of KIND. Exact.
 template <int CODE, int KIND>
 DEVICE u32 widen(u32 codes, int first, int second) {
@@ -52,21 +66,15 @@ DEVICE u32 widen(u32 codes, int first, int second) {
     } else if constexpr (KIND == F16) {  // 1024 + (code + 128), less 1152
         return subtract_f16x2((spread ^ 0x00800080u) | 0x64006400u, 0x64806480u);
     } else {  // (128 + low seven bits) - (128 or, where the sign bit is set, 256)
-        return fma_bf16x2((spread & 0x007f007fu) | 0x43004300u, 0x3f803f80u, (spread & 0x00800080u) | 0xc300c300u);
+        return fma_bf16x2(keep_bits<0x007f007fu>(spread, 0x43004300u), 0x3f803f80u, keep_bits<0x00800080u>(spread, 0xc300c300u));
     }
 }
 
 // Four nibbles' worth: codes `pair` and `pair + 4` of a word of eight, less the offset given as two floats of KIND.
 template <int KIND>
 DEVICE u32 widen_int4(u32 word, int pair, u32 minus_offset) {
-    u32 nibbles = (word >> (4 * pair)) & 0x000f000fu;
-    if constexpr (KIND == F16) {
-        u32 r;
-        asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(nibbles | 0x64006400u), "r"(minus_offset));
-        return r;
-    } else {
-        return fma_bf16x2(nibbles | 0x43004300u, 0x3f803f80u, minus_offset);
-    }
+    u32 number = keep_bits<0x000f000fu>(word >> (4 * pair), KIND == F16 ? 0x64006400u : 0x43004300u);
+    return KIND == F16 ? fma_f16x2(number, 0x3c003c00u, minus_offset) : fma_bf16x2(number, 0x3f803f80u, minus_offset);
 }
 // -(magic + 8 + zero), twice: what widen_int4 adds so that nibble - 8 - zero remains. Exact for |zero| <= 8.
 template <int KIND>
@@ -94,6 +102,9 @@ DEVICE void wait_for_copies() {  // of this thread, but the last PENDING groups
 DEVICE void load_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+DEVICE void load_two_matrices(u32& a, u32& b, u32 address) {  // of lanes 0 to 15
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
 }
 DEVICE void load_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -1,104 +1,126 @@
-// Tiles, the ring of stages and what fills it: the part of wgmma_tiles.cu that is not arithmetic. Its macros are told there.
-#include "common.cuh"
-#include "hopper.cuh"
+// What mixed.cu and digits.cu share: how tiles of codes and their scales come into a ring of stages, and how sums become
+// results. Macros as there.
+//
+// A tile is 64 rows x 256 / bits inputs, 16 bytes for each of 128 threads (mixed.py); `codes` is [N / 64][K / inputs of a
+// tile] tiles, scales and zero points are [K / group, N].
 
-constexpr int kTokens = 128, kGroups = 2, kConsumers = kGroups * 128, kSlice = 128;
-constexpr int kElement = ELEMENT == INT8 || ELEMENT == E4M3 ? 1 : 2, kSliceInputs = kSlice / kElement;
-constexpr bool kScaled = kElement == 1, kCodes = OUT == INT8 || OUT == E4M3;
-constexpr int kResults = GATED ? ROWS / 2 : ROWS;  // columns of a tile of y
-constexpr int kOwn = kResults / SPLIT;             // of them a block finishes
-constexpr int kChunk = 64;                         // of these are finished together
-constexpr int kPlaceBytes = kChunk * 2 + 16;       // of a token's chunk; padded: eight rows use different banks
-constexpr int kHigh = 4096 / (kTokens * SHARE);    // tiles of a column that are computed together
-constexpr int kCluster = SHARE * SPLIT;
-static_assert(!GATED || SPLIT == 1, "gate and up of a result must meet");
-static_assert(kCluster <= 2, "larger clusters leave multiprocessors idle");
+constexpr int kGroups = ROWS / 64, kConsumers = kGroups * TEAMS * 128, kBits = W == INT4 ? 4 : 8;
+constexpr int kTile = 2048, kTileInputs = 256 / kBits, kTiles = DEPTH / kTileInputs;  // per stage and 64 rows
+constexpr int kScales = GROUP ? DEPTH / GROUP : 1;                                    // per row and stage
+constexpr int kColumns = GATED ? ROWS / 2 : ROWS;                                     // results per token
+constexpr int kPad = ROWS + 4;
+static_assert(STAGES % TEAMS == 0, "a stage always has the same team: a barrier tells only two fillings apart");
 
-struct __align__(1024) Stage {
-    u8 w[ROWS * kSlice], x[kTokens * kSlice];
-};
-struct Shared {
-    Stage stages[STAGES];
-    u8 places[kConsumers / 32][16 * kPlaceBytes];
-    float scales[kGroups][ROWS], biases[kGroups][BIAS ? ROWS : 1];
-    u64 full[STAGES], empty[STAGES];
+struct Weight {
+    const u8* codes;
+    const float* scale;
+    const int* zero;
+    const float* bias;
+    int rows, group, groups, slices;  // inputs per scale, scales of a row, slices of DEPTH inputs
 };
 
-// Where the ring stands: `turn` says how often it went round.
-struct Ring {
-    int stage = 0, turn = 0;
-    DEVICE void advance() {
-        if (++stage == STAGES) stage = 0, ++turn;
-    }
-};
-
-// The tiles of this block: numbers first, first + stride .. of `count`, which clusters take together.
-struct Tiles {
-    int first, stride, count, across, down;  // `down` and `across`: of a column and a row of tiles
-    int sharer, part;                        // the block among those that share weights, and of those that split K
-    DEVICE Tiles(int tokens, int results) {
-        int rank = blockIdx.x % kCluster;
-        first = blockIdx.x / kCluster, stride = gridDim.x / kCluster, sharer = rank % SHARE, part = rank / SHARE;
-        down = (tokens + kTokens * SHARE - 1) / (kTokens * SHARE), across = (results + kResults - 1) / kResults, count = down * across;
-    }
-    DEVICE int2 place(int number) const {  // first token and first result
-        int group = number / (kHigh * across), within = number % (kHigh * across), high = min(kHigh, down - group * kHigh);
-        int token = group * kHigh + within % high, row = within / high;
-        return make_int2((token * SHARE + sharer) * kTokens, row * kResults);
-    }
-};
-
-// At the end of a tile whose K is split, all threads of both blocks come here twice: sums are there, and were read.
-DEVICE void exchange_barrier() {
-    if (SPLIT > 1) cluster_barrier();
+// Bytes of global memory, both ends and the size aligned to 16, counted by `barrier`.
+DEVICE void copy_bytes(void* to, const void* from, u32 bytes, u64* barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        ::"r"(shared_of(to)), "l"(from), "r"(bytes), "r"(shared_of(barrier)), "l"(policy) : "memory");
 }
 
-// Copies slices begin .. begin + slices of all tiles of this block into the ring: one thread does, the others of its
-// group look on.
-struct Copies {
-    Shared& shared;
-    const TensorMap &w_map, &x_map;
-    const Tiles& tiles;
-    int rows, begin, slices;
+// First weight row of the block's 64 rows `group`; tiles beyond the last row repeat the last tile.
+DEVICE int tile_row(const Weight& w, int block, int group) {
+    int row = GATED ? (group < kGroups / 2 ? block * kColumns + group * 64 : w.rows / 2 + block * kColumns + (group - kGroups / 2) * 64)
+                    : block * ROWS + group * 64;
+    return min(row, (w.rows - 1) / 64 * 64);
+}
 
-    DEVICE void weights(int2 place, int slice, int s) const {
-        u64 policy = tiles.down == 1 ? kReadOnce : kKeep;
-        int column = (begin + slice) * kSliceInputs;
-        expect_bytes(&shared.full[s], sizeof(Stage));
+// Codes and scales of `slice` into stage `at`, whose barrier expects `others` bytes besides.
+template <class SHARED>
+DEVICE void copy_weights(SHARED& shared, const Weight& w, int block, int slice, int at, u32 others, u64 policy) {
+    u64* barrier = &shared.full[at];
+    u32 bytes = others + kGroups * kTiles * kTile;
+    if constexpr (GROUP != 0) {
+        for (int g = 0; g < kGroups; ++g) bytes += min(64, w.rows - tile_row(w, block, g)) * 4 * kScales * (ASYM ? 2 : 1);
+    }
+    expect_bytes(barrier, bytes);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u8* to = shared.stages[s].w + half * (ROWS / 2) * kSlice;
-            int row = place.y + (half == 0 ? 0 : GATED ? rows / 2 : ROWS / 2);
-            if (SHARE == 1) copy_box(to, &w_map, &shared.full[s], column, row, policy);
-            else if (half == tiles.sharer) copy_box_to(u16(3), to, &w_map, &shared.full[s], column, row, policy);
-        }
-    }
-    DEVICE void run(bool copies) const {
-        int early = copies ? min(slices, STAGES) : 0;  // slices whose weights come before the predecessor has finished
-        for (int k = 0; k < early; ++k) weights(tiles.place(tiles.first), k, k);
-        wait_for_predecessor();
-        Ring ring;
-        for (int number = tiles.first; number < tiles.count; number += tiles.stride) {
-            int2 place = tiles.place(number);
-            for (int k = 0; copies && k < slices; ++k, ring.advance()) {
-                if (number != tiles.first || k >= early) {
-                    wait_phase(&shared.empty[ring.stage], (ring.turn + 1) & 1);
-                    weights(place, k, ring.stage);
-                }
-                copy_box(shared.stages[ring.stage].x, &x_map, &shared.full[ring.stage], (begin + k) * kSliceInputs, place.x, kKeep);
+    for (int g = 0; g < kGroups; ++g) {
+        int row = tile_row(w, block, g);
+        const u8* from = w.codes + (s64(row / 64) * w.slices + slice) * (kTiles * kTile);
+        copy_bytes(shared.stages[at].w[g], from, kTiles * kTile, barrier, policy);
+        if constexpr (GROUP != 0) {
+            u32 count = min(64, w.rows - row) * 4;
+#pragma unroll
+            for (int s = 0; s < kScales; ++s) {
+                s64 place = s64(min((slice * DEPTH + s * GROUP) / w.group, w.groups - 1)) * w.rows + row;
+                copy_bytes(&shared.scale[at][s][g * 64], w.scale + place, count, barrier, policy);
+                if constexpr (ASYM) copy_bytes(&shared.zero[at][s][g * 64], w.zero + place, count, barrier, policy);
             }
-            if (SPLIT > 1) __syncwarp();
-            exchange_barrier();
-            exchange_barrier();
         }
-        for (int s = 0; copies && SHARE > 1 && s < STAGES; ++s, ring.advance())  // nobody leaves while others may arrive here
-            wait_phase(&shared.empty[ring.stage], (ring.turn + 1) & 1);
     }
+}
+
+struct Four {
+    float v[4];
 };
 
-// A warpgroup tells every block that copies into this stage that it is used up.
-DEVICE void release(Shared& shared, int stage) {
-    int thread = threadIdx.x % 128;
-    if (SHARE == 1 && thread == 0) arrive(&shared.empty[stage]);
-    if (SHARE > 1 && thread < SHARE) arrive_at(&shared.empty[stage], thread);
+// Four rows' sums of a token over the blocks of the cluster, and PARTS of each `step` floats apart, in that order.
+template <int PARTS>
+DEVICE Four gather(const float* first, int step) {
+    Four total{};
+#pragma unroll
+    for (int i = 0; i < SPLIT * PARTS; ++i) {
+        const float* at = first + i % PARTS * step;
+        uint4 part = SPLIT == 1 ? *(const uint4*)at : load_from_block(shared_of(at), i / PARTS);
+        total.v[0] += __uint_as_float(part.x), total.v[1] += __uint_as_float(part.y);
+        total.v[2] += __uint_as_float(part.z), total.v[3] += __uint_as_float(part.w);
+    }
+    return total;
+}
+
+DEVICE void finish(Four& four, const Weight& w, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (GROUP == 0) four.v[i] = __fmul_rn(four.v[i], w.scale[row + i]);
+        if (w.bias) four.v[i] = __fadd_rn(four.v[i], w.bias[row + i]);
+    }
+}
+
+DEVICE void store(void* out, s64 at, const Four& four, float out_scale) {
+    if constexpr (OUT == INT8 || OUT == E4M3) {
+        u8 codes[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) codes[i] = encode<OUT>(four.v[i], out_scale);
+        store_codes<4>(out, at, codes);
+    } else if (at % 4 == 0) {
+        store_vector<OUT>(out, at, four.v);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_one<OUT>(out, at + i, four.v[i]);
+    }
+}
+
+struct Output {
+    void* y;
+    s64 stride;
+    int column, tokens;
+    float scale;
+};
+
+// The block's share of the results of `tokens` tokens, their sums as results[PARTS][TOKENS][kPad] in every block.
+template <int PARTS>
+DEVICE void store_results(const Output& out, const Weight& w, const float* results, int block, int rank, int first_token) {
+    int limit = GATED ? w.rows / 2 : w.rows, first_row = block * kColumns, tokens = min(TOKENS, out.tokens - first_token);
+    for (int i = rank * kConsumers + int(threadIdx.x); i < tokens * (kColumns / 4); i += kConsumers * SPLIT) {
+        int token = i / (kColumns / 4), from = i % (kColumns / 4) * 4;
+        if (first_row + from >= limit) continue;
+        Four four = gather<PARTS>(results + token * kPad + from, TOKENS * kPad);
+        finish(four, w, first_row + from);
+        if constexpr (GATED) {
+            Four up = gather<PARTS>(results + token * kPad + kColumns + from, TOKENS * kPad);
+            finish(up, w, w.rows / 2 + first_row + from);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) four.v[j] = swiglu<OUT == F32>(four.v[j], up.v[j]);
+        }
+        store(out.y, (first_token + token) * out.stride + out.column + first_row + from, four, out.scale);
+    }
 }
