@@ -122,7 +122,8 @@ def prefill_batch(device: Device, tokens: int) -> DeviceBatch:
     starts = device.upload(np.array([0, tokens], np.int32))
     contexts = device.upload(np.array([tokens], np.int32))
     tables = device.upload(np.arange(tokens // 64, dtype=np.int32)[None])
-    return DeviceBatch(none, none, none, starts, contexts, tables, False, tokens, tokens)
+    length = np.array([tokens])
+    return DeviceBatch(none, none, none, starts, contexts, tables, False, tokens, tokens, length, length)
 
 
 def time_attention(device: Device) -> None:

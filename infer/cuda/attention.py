@@ -2,7 +2,7 @@
 
 plain     float32 between operations: arithmetic in float32, any head size
 decode    bfloat16, sequences with one new token: pages split over blocks, then combined
-prefill   bfloat16, sequences with more
+prefill   bfloat16, sequences with more (prefill.py)
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantbench.infer.cuda import rows
+from quantbench.infer.cuda import prefill, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
-from quantbench.infer.cuda.device import Device, Kernel
-from quantbench.infer.cuda.kinds import BF16, DTYPES, F16, F32, kind_of
+from quantbench.infer.cuda.device import Device
+from quantbench.infer.cuda.kinds import DTYPES, F32
 from quantbench.infer.ops.types import FLOAT, PAGE, Activation, ActSpec
 
-SHARED = 99 << 10  # bytes that a block may take on every GPU since sm_80
 RING = 56 << 10  # bytes for the stages of a decoding block: several blocks share a multiprocessor
 MULTIPROCESSOR = 227 << 10  # bytes of shared memory that the blocks of a multiprocessor have together (Hopper)
-PREFILL_ROWS = 64
 SPLITS = 64  # at most
 
 
@@ -44,8 +42,9 @@ def attention(
         _plain(device, q, batch, cache, window, out)
         return out
     if not batch.decode:
-        _prefill(device, q, batch, cache, window, out)
-    _decode(device, q, batch, cache, window, out)
+        prefill.prefill(device, q, batch, cache, window, out)
+    if batch.decode or batch.lengths is None or 1 in batch.lengths:
+        _decode(device, q, batch, cache, window, out)
     return out
 
 
@@ -85,50 +84,13 @@ def _plain(
     device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
 ) -> None:
     heads = q.shape[1] // cache.k.shape[3]
-    macros = _macros(q, cache, heads) | {"DOUBLE": int(device.exact)}
+    macros = prefill.macros_of(q, cache, heads) | {"DOUBLE": int(device.exact)}
     kernel = device.kernel("attention_plain.cu", "attention_plain", **macros)
     device.launch(
         kernel, (batch.tokens, heads), 128, q, batch.starts, batch.context, batch.tables,
         batch.sequences, batch.tables.shape[1], cache.k, cache.v, cache.k_scale, cache.v_scale, cache.k.shape[1],
         window or 0, out,
     )  # fmt: skip
-
-
-def _prefill(
-    device: Device, q: DeviceArray, batch: DeviceBatch, cache: DeviceCache, window: int | None, out: DeviceArray
-) -> None:
-    size = cache.k.shape[3]
-    if device.hopper and size in (64, 128):
-        kernel, shared = _prefill_hopper(device, q, cache)
-    else:
-        kernel, shared = _prefill_portable(device, q, cache)
-    device.launch(
-        kernel, (-(-batch.max_rows // PREFILL_ROWS), q.shape[1] // size, batch.sequences), 128,
-        q, batch.starts, batch.context, batch.tables, batch.tables.shape[1], cache.k, cache.v, cache.k_scale,
-        cache.v_scale, cache.k.shape[1], window or 0, out, shared=shared,
-    )  # fmt: skip
-
-
-def _prefill_hopper(device: Device, q: DeviceArray, cache: DeviceCache) -> tuple[Kernel, int]:
-    """The kernel, and its bytes of shared memory: queries, a page as 16-bit numbers (of codes), two stages."""
-    size, codes = cache.k.shape[3], cache.k.dtype.itemsize == 1
-    macros = _macros(q, cache, q.shape[1] // size)
-    element = BF16 if kind_of(cache.k.dtype) == BF16 else F16
-    kernel = device.kernel("prefill_hopper.cu", "attention_prefill", ELEMENT=element, **macros)
-    page = 2 * PAGE * size
-    return kernel, 1024 + PREFILL_ROWS * size * 2 + (2 * page + 2 * page if codes else 2 * 2 * page)
-
-
-def _prefill_portable(device: Device, q: DeviceArray, cache: DeviceCache) -> tuple[Kernel, int]:
-    size, codes = cache.k.shape[3], cache.k.dtype.itemsize == 1
-    keys = 64 if size <= 128 else 32
-    row = size * 2 + 16
-    fixed = PREFILL_ROWS * row + (2 * keys * row if codes else 0)
-    stage = 2 * keys * (size if codes else row)
-    stages = 2 if fixed + 2 * stage <= SHARED else 1
-    macros = _macros(q, cache, q.shape[1] // size)
-    kernel = device.kernel("prefill.cu", "attention_prefill", KEYS=keys, STAGES=stages, **macros)
-    return kernel, fixed + stages * stage
 
 
 def _decode(
@@ -152,7 +114,7 @@ def _decode(
         sums, parts = device.empty((*shape, size), DTYPES[F32]), device.empty((*shape, 2), DTYPES[F32])
     (cosines, sines), norms, eps = (turn.rope, turn.norms, turn.eps) if turn else ((None, None), None, 0.0)
     q_norm, k_norm = norms or (None, None)
-    macros = _macros(q, cache, heads)
+    macros = prefill.macros_of(q, cache, heads)
     kernel = device.kernel(
         "decode.cu",
         "attention_decode",
@@ -192,13 +154,3 @@ def _ring(cache: DeviceCache, group: int) -> tuple[int, int]:
     stages = max(1, min(4, RING // stage))
     exchange = 4 * (-(-group // 8) * 8) * ((size + 4) * 4 + 8)
     return stages, max(stages * stage + group * size * 2, exchange)
-
-
-def _macros(q: DeviceArray, cache: DeviceCache, heads: int) -> dict[str, int | str]:
-    return {
-        "SIZE": cache.k.shape[3],
-        "GROUP": heads // cache.k.shape[1],
-        "IO": kind_of(q.dtype),
-        "CACHE": kind_of(cache.k.dtype),
-        "PER_TOKEN": int(len(cache.k_scale.shape) == 3),
-    }

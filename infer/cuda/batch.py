@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from quantbench.infer.cuda.array import DeviceArray
+
+Lengths = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,9 @@ class DeviceBatch:
     decode: bool  # every sequence has one row
     max_context: int  # no context is longer
     max_rows: int  # no sequence has more rows
+    lengths: Lengths | None = None  # host: rows of each sequence, where one has more than one
+    contexts: Lengths | None = None  # host: as `context`, where one has more than one
+    tiles: dict[int, DeviceArray] = field(default_factory=dict)  # of prompt attention, made by the step's first layer
 
     @property
     def tokens(self) -> int:

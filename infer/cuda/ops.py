@@ -180,6 +180,8 @@ class CudaOps:
             decode=bool((lengths == 1).all()),
             max_context=int(batch.context.max()),
             max_rows=int(lengths.max()),
+            lengths=lengths,
+            contexts=batch.context,
         )
 
 

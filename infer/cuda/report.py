@@ -148,9 +148,10 @@ def batch_for(notes: Notes, tokens: int, decode: bool) -> DeviceBatch:
     def ints(*shape: int) -> DeviceArray:
         return notes.empty(shape, np.int32)
 
+    lengths = None if decode else np.array([tokens])
     return DeviceBatch(
         ints(tokens), ints(tokens), notes.empty((tokens,), np.int64), ints(sequences + 1), ints(sequences),
-        ints(sequences, 16), decode, 1024, 1 if decode else tokens,
+        ints(sequences, 16), decode, 1024, 1 if decode else tokens, lengths, lengths,
     )  # fmt: skip
 
 

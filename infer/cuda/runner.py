@@ -168,6 +168,7 @@ class CudaRunner(Runner):
             self._lend(host.ids), self._lend(host.positions), self._lend(host.slots), self._lend(host.starts),
             self._lend(host.context), self._lend(host.tables),
             decode=bool((lengths == 1).all()), max_context=int(host.context.max()), max_rows=int(lengths.max()),
+            lengths=lengths, contexts=host.context,
         )  # fmt: skip
 
     def _host(self, logits: DeviceArray, rows: list[Rows]) -> F32:

@@ -8,13 +8,12 @@
 // INT8 | E4M3), PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), KEYS (32 | 64), STAGES (of the ring: 1 | 2).
 #include "common.cuh"
 #include "mma.cuh"
+#include "prefill.cuh"
 
-constexpr bool kCodes = CACHE == INT8 || CACHE == E4M3;
 constexpr int kKind = CACHE == BF16 ? BF16 : F16, kWarps = 4, kRows = 64;
 constexpr int kRow = SIZE * 2 + 16;                               // bytes of a padded 16-bit row: eight use different banks
 constexpr int kRawRow = kCodes ? SIZE : kRow, kRaw = 2 * KEYS * kRawRow;  // a stage of the ring: keys, then values
 constexpr int kSteps = SIZE / 16;
-constexpr float kNone = -1.0e30f;
 
 struct Cache {
     const u8 *k, *v;
@@ -51,11 +50,6 @@ DEVICE void widen_stage(u8* to, const u8* from, const Cache& c, s64 page, int fi
         }
         *(uint4*)(to + token * kRow + chunk * 16) = *(uint4*)wide;
     }
-}
-
-DEVICE float over_quad_max(float x) {  // over the lanes of one row
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 KERNEL void __launch_bounds__(kWarps * 32)
@@ -165,17 +159,9 @@ KERNEL void __launch_bounds__(kWarps * 32)
     float v_factor = kCodes && !PER_TOKEN ? v_scale[head / GROUP] : 1.0f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        total[h] += __shfl_xor_sync(~0u, total[h], 1);
-        total[h] += __shfl_xor_sync(~0u, total[h], 2);
         int row = tile * kRows + warp * 16 + g + 8 * h;
-        if (row >= rows) continue;
-        float inverse = total[h] > 0.0f ? v_factor / total[h] : 0.0f;
-        s64 at = (s64(first_row + row) * heads + head) * SIZE;
-#pragma unroll
-        for (int n = 0; n < SIZE / 8; ++n) {
-            float low = o[n][2 * h] * inverse, high = o[n][2 * h + 1] * inverse;
-            if constexpr (IO == F32) *(float2*)((float*)out + at + n * 8 + 2 * t) = make_float2(low, high);
-            else *(u32*)((u16*)out + at + n * 8 + 2 * t) = pack_two<IO>(low, high);
-        }
+        float all = over_quad_sum(total[h]), inverse = all > 0.0f ? v_factor / all : 0.0f;
+        store_row(out, (s64(first_row + row) * heads + head) * SIZE, row < rows,
+                  [&](int n) { return pack_two<IO>(o[n][2 * h] * inverse, o[n][2 * h + 1] * inverse); });
     }
 }

@@ -1,76 +1,24 @@
-// Causal attention of many new tokens per sequence over its pages, with Hopper's warpgroup products (sm_90a; heads of 64
-// and 128). The same computation as prefill.cu (FlashAttention-2, Dao 2023, algorithm 1).
+// Causal attention of many new tokens per sequence over its pages with Hopper's own instructions (sm_90a; heads of 64 and
+// 128), after FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2): copies, products and softmax run side by side.
 //
-// A block is one warpgroup: 64 rows of one sequence and query head. Keys and values of a page lie in shared memory as
-// rows of 128 bytes (64 elements), 16-byte chunks at chunk ^ (row % 8): the layout that products read, keys along K,
-// values along N. Probabilities stay in registers. Two blocks share a multiprocessor: one's softmax meets the other's
-// products.
+// A tile is 128 rows: some tokens of a sequence, each with the query heads that share a KV head. A block stays on its
+// multiprocessor and takes tile after tile of a list, the longest first. One of its warps copies keys and values (TMA, 128
+// tokens at a time, from the newest to the oldest) into a ring, one the queries of the next tile; codes (INT8, E4M3) land
+// beside the ring, and a warpgroup widens them into it as f16, once for all rows. Two warpgroups multiply, 64 rows each:
+// they issue the scores of the next keys, then the sums with the last probabilities, and do their softmax meanwhile.
 //
-// Macros: SIZE (64 | 128), GROUP (q heads per KV head), IO (kind of q and out), CACHE (BF16 | F16 | INT8 | E4M3),
-// PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), ELEMENT (of the products: BF16 for BF16 pages, else F16).
-#define TOKENS 64  // keys per product: the columns of the scores
+// Shared memory holds rows of 128 bytes (64 elements), 16-byte chunks at chunk ^ (row % 8), as products read them: queries
+// and keys along K, values along N. Probabilities stay in registers.
+//
+// Macros: SIZE (64 | 128), GROUP (q heads per KV head, at most 64), IO (kind of q and out, 16 bits), CACHE (BF16 | F16 |
+// INT8 | E4M3), PER_TOKEN (1: scales [pages, KV, 64], 0: [KV]), ELEMENT (of the products: BF16 for BF16 pages, else F16).
+#define COLUMNS 128
 #include "common.cuh"
 #include "mma.cuh"
 #include "hopper.cuh"
 #include "product.cuh"
-
-constexpr bool kCodes = CACHE == INT8 || CACHE == E4M3;
-constexpr int kRows = 64, kKeys = kPage, kThreads = 128;
-constexpr int kHalves = SIZE / 64, kPart = 64 * 128;                 // parts of 64 rows x 64 elements
-constexpr int kSide = kHalves * kPart;                               // bytes of a page's keys, or values, as 16-bit numbers
-constexpr int kStage = 2 * (kCodes ? kPage * SIZE : kSide), kStages = 2;
-constexpr float kNone = -1.0e30f;
-
-struct Cache {
-    const u8 *k, *v;
-    const float *k_scale, *v_scale;
-    int heads, head;
-};
-
-DEVICE float exp2_fast(float x) {  // 0 below 2^-126
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Place of elements chunk * 8 .. + 8 of row `row` in a side.
-DEVICE u32 place(int row, int chunk) { return chunk / 8 * kPart + row * 128 + ((chunk % 8) ^ (row % 8)) * 16; }
-
-// A page's keys and values into a stage; zeros for tokens at or beyond `tokens`.
-DEVICE void fetch(u32 stage, const Cache& c, s64 page, int first, int tokens) {
-    constexpr int kChunks = SIZE * (kCodes ? 1 : 2) / 16;
-    s64 from = (page * c.heads + c.head) * kPage;
-    for (int i = threadIdx.x; i < 2 * kPage * kChunks; i += kThreads) {
-        int side = i / (kPage * kChunks), token = i / kChunks % kPage, chunk = i % kChunks;
-        u32 to = kCodes ? (side * kPage + token) * SIZE + chunk * 16 : side * kSide + place(token, chunk);
-        copy_chunk(stage + to, (side ? c.v : c.k) + ((from + token) * kChunks + chunk) * 16, first + token < tokens);
-    }
-}
-
-// A stage of codes as f16. Values with a scale per token take it here; every other scale is applied later.
-DEVICE void widen_stage(u8* to, const u8* from, const Cache& c, s64 page) {
-    constexpr int kChunks = SIZE / 8;
-    for (int i = threadIdx.x; i < 2 * kPage * kChunks; i += kThreads) {
-        int side = i / (kPage * kChunks), token = i / kChunks % kPage, chunk = i % kChunks;
-        uint2 codes = *(const uint2*)(from + (side * kPage + token) * SIZE + chunk * 8);
-        u32 wide[4] = {widen<CACHE, F16>(codes.x, 0, 1), widen<CACHE, F16>(codes.x, 2, 3), widen<CACHE, F16>(codes.y, 0, 1),
-                       widen<CACHE, F16>(codes.y, 2, 3)};
-        if constexpr (PER_TOKEN) {
-            if (side) {
-                float scale = c.v_scale[(page * c.heads + c.head) * kPage + token];
-#pragma unroll
-                for (int w = 0; w < 4; ++w)
-                    wide[w] = pack_f16(f16_to_float(u16(wide[w])) * scale, f16_to_float(u16(wide[w] >> 16)) * scale);
-            }
-        }
-        *(uint4*)(to + side * kSide + place(token, chunk)) = *(uint4*)wide;
-    }
-}
-
-// Descriptor of values: rows of K (tokens) of 128 bytes along N, eight rows 1024 bytes apart, 64 elements further kPart.
-DEVICE u64 describe_values(u32 address) {
-    return u64((address & 0x3ffff) >> 4) | (u64(kPart / 16) << 16) | (64ull << 32) | (1ull << 62);
-}
+#include "prefill.cuh"
+#include "prefill_feed.cuh"
 
 #if ELEMENT == 1
 #define FLOATS "bf16.bf16"
@@ -90,139 +38,204 @@ DEVICE void add_values(float (&o)[SIZE / 2], const u32 (&a)[4], u64 b) {
 #endif
 }
 template <int N>
-DEVICE void finish_products(float (&d)[N]) {  // after this the registers may be read
-    wait_for_products<0>();
+DEVICE void hold(float (&d)[N]) {  // what a wait made ready is read after it
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-DEVICE float over_quad_max(float x) {  // over the lanes of one row
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+// Issues s = q k^T for 64 rows.
+DEVICE void issue_scores(float (&s)[kKeys / 2], const u8* q, const u8* k) {
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < SIZE / 16; ++i)
+        product(s, describe(q) + (i / 4 * kQueryPart + i % 4 * 32) / 16, describe(k) + (i / 4 * kPart + i % 4 * 32) / 16, i > 0);
+    commit_products();
 }
 
-KERNEL void __launch_bounds__(kThreads, 2)
-    attention_prefill(const void* q, const int* starts, const int* context, const int* tables, int table_width, const u8* k,
-                      const u8* v, const float* k_scale, const float* v_scale, int kv_heads, int window, void* out) {
-    extern __shared__ u8 unaligned[];
-    let_successor_start();
-    wait_for_predecessor();
-    u8* memory = (u8*)((u64(unaligned) + 1023) & ~1023ull);
-    int head = blockIdx.y, sequence = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int first_row = starts[sequence], rows = starts[sequence + 1] - first_row, tokens = context[sequence];
-    int tile = gridDim.x - 1 - blockIdx.x;  // the longest first
-    if (rows < 2 || tile * kRows >= rows) return;
-    int heads = kv_heads * GROUP, position = tokens - rows + tile * kRows;  // of the block's first row
-    int end = (min(tokens, position + kRows) + kPage - 1) / kPage;
-    int begin = window > 0 ? max(0, position - window + 1) / kPage : 0;
-    Cache cache{k, v, k_scale, v_scale, kv_heads, head / GROUP};
-    const int* table = tables + s64(sequence) * table_width;
-    u8 *queries = memory, *wide = memory + kHalves * kPart, *ring = wide + (kCodes ? 2 * kSide : 0);
-    auto request = [&](int page) {
-        u32 stage = shared_of(ring + (page - begin) % kStages * kStage);
-        if (page < end) fetch(stage, cache, table[page], page * kPage, tokens);
-        commit_copies();
-    };
-    request(begin);
-    for (int i = threadIdx.x; i < kRows * (SIZE / 8); i += kThreads) {
-        int row = i / (SIZE / 8), chunk = i % (SIZE / 8), source = min(tile * kRows + row, rows - 1);
-        float x[8];
-        load_vector<IO>(q, (s64(first_row + source) * heads + head) * SIZE + chunk * 8, x);
-        u32 packed[4];
+// Issues o += p v. Rows of K (tokens) are 128 bytes along N, eight rows 1024 bytes apart, 64 elements further kPart.
+DEVICE void issue_sums(float (&o)[SIZE / 2], const u32 (&p)[kKeys / 16][4], const u8* v) {
+    u64 b = u64((shared_of(v) & 0x3ffff) >> 4) | (u64(kPart / 16) << 16) | (64ull << 32) | (1ull << 62);
+    begin_products();
 #pragma unroll
-        for (int w = 0; w < 4; ++w) packed[w] = pack_two<ELEMENT>(x[2 * w], x[2 * w + 1]);
-        *(uint4*)(queries + place(row, chunk)) = *(uint4*)packed;
-    }
-    float o[SIZE / 2] = {}, top[2] = {kNone, kNone}, total[2] = {};
-    float factor = rsqrtf(float(SIZE)) * 1.44269504f;
-    if constexpr (kCodes && !PER_TOKEN) factor *= k_scale[head / GROUP];
-    for (int page = begin; page < end; ++page) {
-        __syncthreads();  // all warps have left the stage that is filled next, and the widened one
-        request(page + 1);
-        wait_for_copies<1>();
-        u8* stage = ring + (page - begin) % kStages * kStage;
-        if constexpr (kCodes) {
-            __syncthreads();
-            widen_stage(wide, stage, cache, table[page]);
-            stage = wide;
-        }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what was stored is seen by products
-        __syncthreads();
-        float s[kKeys / 2] = {};
-        begin_products();
+    for (int i = 0; i < kKeys / 16; ++i) add_values(o, p[i], b + i * (16 * 128 / 16));
+    commit_products();
+}
+
+// What a warpgroup of those that multiply keeps of its 64 rows: a lane has two, eight apart.
+struct Softmax {
+    float top[2], total[2], shrink[2];
+    float highest;  // scale of values (PER_TOKEN): sums are of values less it
+
+    DEVICE void begin() { top[0] = top[1] = kNone, total[0] = total[1] = 0.0f, highest = 0.0f; }
+
+    // Scores to probabilities less a common factor, by which what was summed before has to shrink. False: by none.
+    DEVICE bool soften(float (&s)[kKeys / 2], float factor) {
+        float seen[2] = {top[0], top[1]};
 #pragma unroll
-        for (int i = 0; i < SIZE / 16; ++i) {
-            int at = i / 4 * kPart + i % 4 * 32;
-            product(s, describe(queries) + at / 16, describe(stage) + at / 16);
-        }
-        commit_products();
-        finish_products(s);
-        int own = position + warp * 16 + g, first = page * kPage;
-        if constexpr (PER_TOKEN) {
-            const float* scales = k_scale + (s64(table[page]) * kv_heads + head / GROUP) * kPage;
+        for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) s[n * 4 + c] *= scales[n * 8 + 2 * t + c % 2];
-        }
-        if (first + kKeys > position + 1 || window > 0) {  // else every row sees every key
-#pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    int key = first + n * 8 + 2 * t + c % 2, row = own + c / 2 * 8;
-                    if (key > row || key >= tokens || (window > 0 && key <= row - window)) s[n * 4 + c] = kNone;
-                }
-        }
-        float shrink[2];
+            for (int h = 0; h < 2; ++h) seen[h] = fmaxf(seen[h], fmaxf(s[n * 4 + 2 * h], s[n * 4 + 2 * h + 1]));
+        seen[0] = over_quad_max(seen[0]), seen[1] = over_quad_max(seen[1]);
+        bool grown = __any_sync(~0u, fmaxf(seen[0] - top[0], seen[1] - top[1]) * factor > 8.0f);  // probabilities reach 2^8
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float highest = top[h];
-#pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n) highest = fmaxf(highest, fmaxf(s[n * 4 + 2 * h], s[n * 4 + 2 * h + 1]));
-            highest = over_quad_max(highest);
-            shrink[h] = exp2_fast((top[h] - highest) * factor);
-            top[h] = highest;
-            total[h] *= shrink[h];
-            float base = highest == kNone ? 0.0f : highest * factor;  // a row that has seen nothing yet keeps zeros
+            shrink[h] = grown ? exp2_fast((top[h] - seen[h]) * factor) : 1.0f;
+            if (grown) top[h] = seen[h];
+            float base = top[h] == kNone ? 0.0f : top[h] * factor, sum = 0.0f;  // a row that has seen nothing yet keeps zeros
 #pragma unroll
             for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-                for (int c = 2 * h; c < 2 * h + 2; ++c) {
-                    s[n * 4 + c] = exp2_fast(s[n * 4 + c] * factor - base);
-                    total[h] += s[n * 4 + c];
-                }
+                for (int c = 2 * h; c < 2 * h + 2; ++c) sum += s[n * 4 + c] = exp2_fast(fmaf(s[n * 4 + c], factor, -base));
+            total[h] = total[h] * shrink[h] + sum;
         }
-#pragma unroll
-        for (int n = 0; n < SIZE / 8; ++n)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) o[n * 4 + c] *= shrink[c / 2];
-        u32 p[kKeys / 16][4];
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) p[i][j] = pack_two<ELEMENT>(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) add_values(o, p[i], describe_values(shared_of(stage + kSide) + i * 2048));
-        commit_products();
-        finish_products(o);
+        return grown;
     }
-    wait_for_copies<0>();
-    float v_factor = kCodes && !PER_TOKEN ? v_scale[head / GROUP] : 1.0f;
+};
+
+// Scores of keys that a row does not see become kNone. Most blocks of keys are seen by all rows.
+DEVICE void hide(float (&s)[kKeys / 2], const Tile& tile, int row, int first, int window) {
+    int t = threadIdx.x % 4;
+    if (first + kKeys > tile.position + 1) {
+        int last[2] = {tile.position + row / GROUP - first - 2 * t, tile.position + (row + 8) / GROUP - first - 2 * t};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i)
+            if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) s[i] = kNone;
+    }
+    if (window > 0 && first <= tile.position + kTokens - 1 - window) {
+        int before = tile.position - window - first - 2 * t, last[2] = {before + row / GROUP, before + (row + 8) / GROUP};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i)
+            if (i / 4 * 8 + i % 2 <= last[i / 2 % 2]) s[i] = kNone;
+    }
+}
+
+template <int N>
+DEVICE void scale_columns(float (&s)[N], const float* scales, float factor) {  // scales of kKeys columns
+#pragma unroll
+    for (int n = 0; n < N / 4; ++n) {
+        float2 two = *(const float2*)(scales + n * 8 + threadIdx.x % 4 * 2);
+        s[n * 4] *= two.x * factor, s[n * 4 + 1] *= two.y * factor, s[n * 4 + 2] *= two.x * factor, s[n * 4 + 3] *= two.y * factor;
+    }
+}
+
+DEVICE void pack_probabilities(u32 (&p)[kKeys / 16][4], const float (&s)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) p[i][j] = pack_two<ELEMENT>(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+}
+
+// Sums over probabilities to results, stored.
+DEVICE void write(const float (&o)[SIZE / 2], const Given& in, const Tile& tile, int row, const float (&totals)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        total[h] += __shfl_xor_sync(~0u, total[h], 1);
-        total[h] += __shfl_xor_sync(~0u, total[h], 2);
-        int row = tile * kRows + warp * 16 + g + 8 * h;
-        if (row >= rows) continue;
-        float inverse = total[h] > 0.0f ? v_factor / total[h] : 0.0f;
-        s64 at = (s64(first_row + row) * heads + head) * SIZE;
+        float total = over_quad_sum(totals[h]), inverse = total > 0.0f ? tile.v_factor / total : 0.0f;
+        int own = row + 8 * h, token = own / GROUP;
+        s64 at = (s64(tile.row + token) * in.kv_heads * GROUP + tile.head * GROUP + own % GROUP) * SIZE;
+        store_row(in.out, at, token < min(tile.left, kTokens), [&](int n) {
+            return pack_two<IO>(o[n * 4 + 2 * h] * inverse, o[n * 4 + 2 * h + 1] * inverse);
+        });
+    }
+}
+
+DEVICE void release(u64* barrier) {  // by a warpgroup
+    if (threadIdx.x % 128 == 0) arrive(barrier);
+}
+
+// Probabilities take the scales of their tokens' values, less the highest so far.
+DEVICE void scale_probabilities(float (&s)[kKeys / 2], Softmax& softmax, const float* scales) {
+    float found = softmax.highest;
 #pragma unroll
-        for (int n = 0; n < SIZE / 8; ++n) {
-            float low = o[n * 4 + 2 * h] * inverse, high = o[n * 4 + 2 * h + 1] * inverse;
-            if constexpr (IO == F32) *(float2*)((float*)out + at + n * 8 + 2 * t) = make_float2(low, high);
-            else *(u32*)((u16*)out + at + n * 8 + 2 * t) = pack_two<IO>(low, high);
+    for (int n = 0; n < kKeys / 8; ++n) {
+        float2 two = *(const float2*)(scales + n * 8 + threadIdx.x % 4 * 2);
+        found = fmaxf(found, fmaxf(two.x, two.y));
+    }
+    found = fmaxf(over_quad_max(found), kSmallestScale);
+    float less = softmax.highest / found;
+    softmax.shrink[0] *= less, softmax.shrink[1] *= less, softmax.highest = found;
+    scale_columns(s, scales, 1.0f / found);
+}
+
+// One warpgroup: 64 rows of every tile. Blocks of keys follow each other without a gap, also from one tile to the next: the
+// scores of the next block are issued before the sums of this one, and its softmax runs while they are made.
+DEVICE void read(Shared& shared, const Given& in, int group) {
+    int row = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, number = 0, i = 0, round = 0;
+    float o[SIZE / 2] = {}, s[kKeys / 2], totals[2];
+    u32 p[kKeys / 16][4];
+    Softmax softmax;
+    Tile tile, before;
+    for (;; ++number) {
+        int slot = number % kStages, last = (number - 1) % kStages;
+        if (i == 0) {
+            wait_phase(&shared.q_full[round % 2], round / 2 & 1);
+            tile = shared.tiles[round % 2];
+            if (tile.blocks == 0) break;
+            softmax.begin();
         }
+        wait_phase(&shared.k_full[slot], number / kStages & 1);
+        issue_scores(s, shared.q[round % 2] + group * kHalves * kQueryPart, shared.k[slot]);
+        if (number > 0) {
+            wait_phase(&shared.v_full[last], (number - 1) / kStages & 1);
+            issue_sums(o, p, shared.v[last]);
+            wait_for_products<1>();
+        } else {
+            wait_for_products<0>();
+        }
+        hold(s);
+        if (PER_TOKEN) scale_columns(s, shared.scales[0][slot], 1.0f);
+        release(&shared.k_empty[slot]);
+        if (i + 1 == tile.blocks) release(&shared.q_empty[round % 2]);
+        hide(s, tile, row, (tile.last - i) * kKeys, in.window);
+        bool shrinks = softmax.soften(s, tile.factor);
+        wait_for_products<0>();
+        hold(o);
+        if (number > 0) release(&shared.v_empty[last]);
+        if (PER_TOKEN) {
+            wait_phase(&shared.v_full[slot], number / kStages & 1);
+            scale_probabilities(s, softmax, shared.scales[1][slot]);
+        }
+        if (i == 0 && number > 0) {
+            write(o, in, before, row, totals);
+#pragma unroll
+            for (int j = 0; j < SIZE / 2; ++j) o[j] = 0.0f;
+        }
+        if (i > 0 && (shrinks || PER_TOKEN)) {
+#pragma unroll
+            for (int j = 0; j < SIZE / 2; ++j) o[j] *= softmax.shrink[j / 2 % 2];
+        }
+        pack_probabilities(p, s);
+        if (++i < tile.blocks) continue;
+        before = tile, totals[0] = softmax.total[0], totals[1] = softmax.total[1], i = 0, ++round;
+        if (PER_TOKEN) before.v_factor = softmax.highest;
+    }
+    wait_phase(&shared.v_full[(number - 1) % kStages], (number - 1) / kStages & 1);
+    issue_sums(o, p, shared.v[(number - 1) % kStages]);
+    wait_for_products<0>();
+    hold(o);
+    write(o, in, before, row, totals);
+}
+
+// tiles: (sequence, row, left, position) of each, see Tile. Sequences of one row have none: they are left to decode.cu.
+KERNEL void __launch_bounds__(kThreads, 1)
+    attention_prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* q,
+                      const int4* tiles, int count, const int* tables, int table_width, const float* k_scale,
+                      const float* v_scale, int kv_heads, int window, void* out) {
+    extern __shared__ __align__(1024) u8 memory[];
+    Shared& shared = *(Shared*)memory;
+    if (threadIdx.x == 0) prepare(shared);
+    __syncthreads();
+    let_successor_start();
+    wait_for_predecessor();
+    Given given{q, tables, table_width, k_scale, v_scale, kv_heads, window, out};
+    Tiles all{tiles, count, kv_heads, window};
+    int warp = threadIdx.x / 32;
+    if (warp < kHelpers / 32) {
+        give_registers<kGiven>();
+        if (threadIdx.x == 0) copy_pages(shared, given, all, &k_map, &v_map);
+        if (warp == 1) copy_queries(shared, given, all);
+        if (kCodes && warp > 3) widen_pages(shared, all);
+    } else {
+        take_registers<kTaken>();
+        read(shared, given, (warp - kHelpers / 32) / 4);
     }
 }

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quantbench.infer.cuda import attention
+from quantbench.infer.cuda import attention, prefill
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.ops import ActSpec, Batch, LayerCache
@@ -55,6 +55,8 @@ def on_device(device: Device, batch: Batch, cache: LayerCache) -> tuple[DeviceBa
         decode=bool(np.all(rows == 1)),
         max_context=int(batch.context.max()),
         max_rows=int(rows.max()),
+        lengths=rows,
+        contexts=batch.context,
     )
     return lent, DeviceCache(*(device.upload(a) for a in (cache.k, cache.v, cache.k_scale, cache.v_scale)))
 
@@ -126,6 +128,26 @@ def test_prefill_on_tensor_cores(device_bf16: Device, size: int, dtype: Any) -> 
     assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 2), (14, 2), (12, 1)])
+@pytest.mark.parametrize("window", [None, 3, 64, 200])
+@pytest.mark.parametrize("dtype", [BF16, np.int8])
+def test_prefill_of_chunks_with_any_group_and_window(
+    device_bf16: Device, heads: tuple[int, int], window: int | None, dtype: Any
+) -> None:
+    q, batch, cache = problem([100, 2, 333, 1], [500, 2, 700, 90], heads, 128, dtype)
+    q = q.astype(BF16).astype(np.float32)
+    got = run(device_bf16, q, batch, cache, window)
+    assert_close(got, REFERENCE.attention(q, batch, cache, window), 6e-3)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_prefill_of_more_tiles_than_blocks(device_bf16: Device, size: int, dtype: Any) -> None:
+    q, batch, cache = problem([65, 3, 64, 33] * 12, [65, 3, 64, 200] * 12, (8, 4), size, dtype)
+    q = q.astype(BF16).astype(np.float32)
+    assert_close(run(device_bf16, q, batch, cache), REFERENCE.attention(q, batch, cache), 6e-3)
+
+
 def test_sharp_scores_and_large_values(device_bf16: Device) -> None:
     for rows, contexts in (([1, 1], [500, 64]), ([100], [500])):
         q, batch, cache = problem(rows, contexts, (4, 2), 128, BF16)
@@ -143,11 +165,12 @@ def test_a_padded_sequence_gives_zeros(device: Device, device_bf16: Device) -> N
         assert np.all(np.isfinite(got[0]))
 
 
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("decode", [False, True])
-def test_scales_of_each_token_and_head(device_bf16: Device, decode: bool) -> None:
+def test_scales_of_each_token_and_head(device_bf16: Device, decode: bool, size: int) -> None:
     """A cache with one scale per token and head equals the same values in float16."""
-    rows, contexts = ([1, 1], [300, 64]) if decode else ([100], [164])
-    q, batch, cache = problem(rows, contexts, (4, 2), 64, np.int8)
+    rows, contexts = ([1, 1], [300, 64]) if decode else ([100, 7], [464, 7])
+    q, batch, cache = problem(rows, contexts, (4, 2), size, np.int8)
     q = q.astype(BF16).astype(np.float32)
     rng = np.random.default_rng(0)
     scales = [np.exp(rng.uniform(-9, 0, cache.k.shape[:3])).astype(np.float32) / 127 for _ in "kv"]
@@ -195,6 +218,13 @@ def test_a_fused_decode_step_equals_its_parts(
     for here, there in ((pages.k, cache.k), (pages.v, cache.v)):
         different = device.fetch(here).astype(np.float32) != there.astype(np.float32)
         assert different.mean() < 1e-3, f"pages differ at {np.argwhere(different)[:5]}"
+
+
+def test_tiles_cover_every_row_of_prompts_once_the_longest_first() -> None:
+    lengths, contexts = np.array([3, 1, 70, 2]), np.array([3, 90, 500, 64])
+    tiles = prefill.tiles_of(lengths, contexts, 32)
+    assert tiles.tolist() == [[2, 68, 6, 494], [2, 36, 38, 462], [2, 4, 70, 430], [3, 74, 2, 62], [0, 0, 3, 0]]
+    assert len(prefill.tiles_of(lengths, contexts, 3)) == 1 + 24 + 1
 
 
 def test_splits_fill_the_gpu() -> None:
