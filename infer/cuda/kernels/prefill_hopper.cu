@@ -156,63 +156,59 @@ DEVICE void scale_probabilities(float (&s)[kKeys / 2], Softmax& softmax, const f
     scale_columns(s, scales, 1.0f / found);
 }
 
-// One warpgroup: 64 rows of every tile. Blocks of keys follow each other without a gap, also from one tile to the next: the
-// scores of the next block are issued before the sums of this one, and its softmax runs while they are made.
+// One warpgroup: 64 rows of every tile. The scores of the next block of keys are issued before the sums of this one, and its
+// softmax runs while they are made.
 DEVICE void read(Shared& shared, const Given& in, int group) {
-    int row = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, number = 0, i = 0, round = 0;
-    float o[SIZE / 2] = {}, s[kKeys / 2], totals[2];
-    u32 p[kKeys / 16][4];
-    Softmax softmax;
-    Tile tile, before;
-    for (;; ++number) {
-        int slot = number % kStages, last = (number - 1) % kStages;
-        if (i == 0) {
-            wait_phase(&shared.q_full[round % 2], round / 2 & 1);
-            tile = shared.tiles[round % 2];
-            if (tile.blocks == 0) break;
-            softmax.begin();
+    int row = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, number = 0;
+    for (int round = 0;; ++round) {
+        wait_phase(&shared.q_full[round % 2], round / 2 & 1);
+        Tile tile = shared.tiles[round % 2];
+        if (tile.blocks == 0) break;
+        float o[SIZE / 2] = {}, s[kKeys / 2];
+        u32 p[kKeys / 16][4];
+        Softmax softmax;
+        softmax.begin();
+        for (int i = 0; i < tile.blocks; ++i, ++number) {
+            int slot = number % kStages, last = (number - 1) % kStages;
+            wait_phase(&shared.k_full[slot], number / kStages & 1);
+            issue_scores(s, shared.q[round % 2] + group * kHalves * kQueryPart, shared.k[slot]);
+            if (i > 0) {
+                wait_phase(&shared.v_full[last], (number - 1) / kStages & 1);
+                issue_sums(o, p, shared.v[last]);
+                wait_for_products<1>();
+            } else {
+                wait_for_products<0>();
+            }
+            hold(s);
+            if (PER_TOKEN) scale_columns(s, shared.scales[0][slot], 1.0f);
+            release(&shared.k_empty[slot]);
+            if (i + 1 == tile.blocks) release(&shared.q_empty[round % 2]);
+            hide(s, tile, row, (tile.last - i) * kKeys, in.window);
+            bool shrinks = softmax.soften(s, tile.factor);
+            if (PER_TOKEN) {
+                wait_phase(&shared.v_full[slot], number / kStages & 1);
+                scale_probabilities(s, softmax, shared.scales[1][slot]);
+            }
+            if (i > 0) {
+                wait_for_products<0>();
+                hold(o);
+                release(&shared.v_empty[last]);
+                if (shrinks || PER_TOKEN) {
+#pragma unroll
+                    for (int j = 0; j < SIZE / 2; ++j) o[j] *= softmax.shrink[j / 2 % 2];
+                }
+            }
+            pack_probabilities(p, s);
         }
-        wait_phase(&shared.k_full[slot], number / kStages & 1);
-        issue_scores(s, shared.q[round % 2] + group * kHalves * kQueryPart, shared.k[slot]);
-        if (number > 0) {
-            wait_phase(&shared.v_full[last], (number - 1) / kStages & 1);
-            issue_sums(o, p, shared.v[last]);
-            wait_for_products<1>();
-        } else {
-            wait_for_products<0>();
-        }
-        hold(s);
-        if (PER_TOKEN) scale_columns(s, shared.scales[0][slot], 1.0f);
-        release(&shared.k_empty[slot]);
-        if (i + 1 == tile.blocks) release(&shared.q_empty[round % 2]);
-        hide(s, tile, row, (tile.last - i) * kKeys, in.window);
-        bool shrinks = softmax.soften(s, tile.factor);
+        int last = (number - 1) % kStages;
+        wait_phase(&shared.v_full[last], (number - 1) / kStages & 1);
+        issue_sums(o, p, shared.v[last]);
         wait_for_products<0>();
         hold(o);
-        if (number > 0) release(&shared.v_empty[last]);
-        if (PER_TOKEN) {
-            wait_phase(&shared.v_full[slot], number / kStages & 1);
-            scale_probabilities(s, softmax, shared.scales[1][slot]);
-        }
-        if (i == 0 && number > 0) {
-            write(o, in, before, row, totals);
-#pragma unroll
-            for (int j = 0; j < SIZE / 2; ++j) o[j] = 0.0f;
-        }
-        if (i > 0 && (shrinks || PER_TOKEN)) {
-#pragma unroll
-            for (int j = 0; j < SIZE / 2; ++j) o[j] *= softmax.shrink[j / 2 % 2];
-        }
-        pack_probabilities(p, s);
-        if (++i < tile.blocks) continue;
-        before = tile, totals[0] = softmax.total[0], totals[1] = softmax.total[1], i = 0, ++round;
-        if (PER_TOKEN) before.v_factor = softmax.highest;
+        release(&shared.v_empty[last]);
+        if (PER_TOKEN) tile.v_factor = softmax.highest;
+        write(o, in, tile, row, softmax.total);
     }
-    wait_phase(&shared.v_full[(number - 1) % kStages], (number - 1) / kStages & 1);
-    issue_sums(o, p, shared.v[(number - 1) % kStages]);
-    wait_for_products<0>();
-    hold(o);
-    write(o, in, before, row, totals);
 }
 
 // tiles: (sequence, row, left, position) of each, see Tile. Sequences of one row have none: they are left to decode.cu.
