@@ -57,6 +57,11 @@ class Tiles:
         return 1024 + self.stages * ((self.rows + TILE_TOKENS) * SLICE + 16) + self._beside
 
     @property
+    def threads(self) -> int:
+        """Two groups that multiply; one warp that copies, or a group whose registers the others need."""
+        return 256 + (128 if self.rows > 224 else 32)
+
+    @property
     def _beside(self) -> int:
         """Results on their way, scales, biases."""
         return 8 * 16 * 144 + 2 * self.rows * 8
@@ -205,4 +210,4 @@ def _by_tiles(device: Device, p: Product, tiles: Tiles) -> None:
     w_map = device.tensor_map(p.w.codes, (tiles.rows // 2, p.inner))
     x_map = device.tensor_map(p.x, (TILE_TOKENS, p.inner))
     blocks = tiles.blocks(p.tokens, p.w.rows, device.multiprocessors)
-    device.launch(kernel, blocks, 384, w_map, x_map, *p.arguments(), shared=tiles.shared)
+    device.launch(kernel, blocks, tiles.threads, w_map, x_map, *p.arguments(), shared=tiles.shared)

@@ -7,7 +7,9 @@ constexpr int kElement = ELEMENT == INT8 || ELEMENT == E4M3 ? 1 : 2, kSliceInput
 constexpr bool kScaled = kElement == 1, kCodes = OUT == INT8 || OUT == E4M3;
 constexpr int kResults = GATED ? ROWS / 2 : ROWS;  // columns of a tile of y
 constexpr int kOwn = kResults / SPLIT;             // of them a block finishes
-constexpr int kChunk = 64;                         // of these are finished together
+constexpr bool kWide = ROWS > 224;                 // sums leave few registers: a whole group copies, and gives its own
+constexpr int kCopiers = kWide ? 128 : 32;         // threads; one warp leaves room for the predecessor's last blocks
+constexpr int kChunk = GATED && !kWide ? 32 : 64;  // of kOwn are finished together
 constexpr int kPlaceBytes = kChunk * 2 + 16;       // of a token's chunk; padded: eight rows use different banks
 constexpr int kHigh = 4096 / (kTokens * SHARE);    // tiles of a column that are computed together
 constexpr int kCluster = SHARE * SPLIT;

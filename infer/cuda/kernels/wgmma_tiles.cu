@@ -186,7 +186,7 @@ DEVICE void store_results(const sum_t (&sum)[ROWS / 2], const Finish& finish, u8
     }
 }
 
-KERNEL void __launch_bounds__(kConsumers + 128, 1) __cluster_dims__(kCluster, 1, 1)
+KERNEL void __launch_bounds__(kConsumers + kCopiers, 1) __cluster_dims__(kCluster, 1, 1)
     linear_tiles(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale, int x_step,
                  const float* w_scale, const float* bias, u8* out, s64 out_stride, int out_column, int tokens, int rows,
                  int slices, float out_scale, float* scale_written) {
@@ -204,10 +204,10 @@ KERNEL void __launch_bounds__(kConsumers + 128, 1) __cluster_dims__(kCluster, 1,
     else __syncthreads();
     let_successor_start();
     if (group == kGroups) {
-        give_registers<40>();
+        give_registers<kWide ? 40 : 0>();
         Copies{shared, w_map, x_map, tiles, rows, begin, count}.run(thread == 0);
     } else {
-        take_registers<232>();
+        take_registers<kWide ? 232 : 0>();
         wait_for_predecessor();
         if (scale_written && blockIdx.x + threadIdx.x == 0) *scale_written = out_scale;
         sum_t sum[ROWS / 2];
