@@ -18,6 +18,7 @@ SHARED = 226 << 10  # bytes of a multiprocessor that blocks share
 TILE_TOKENS, TILE_ROWS = 128, (96, 128, 192, 224, 256)
 WIDEST = 256  # tokens per block, at most
 LARGE = 16384  # rows of a weight that has blocks enough
+LONG = 64  # slices of a K whose ring fills more than once, whoever shares the multiprocessor
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,20 @@ def tiles_for(tokens: int, rows: int, slices: int, gated: bool, multiprocessors:
 
 
 def cut_for(tokens: int, rows: int, slices: int, multiprocessors: int) -> Cut:
-    """A cut for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes. What was fastest on an H200, by size of the
-    weight: large ones have blocks enough; of small ones rows are halved and K is split."""
+    """A cut for x[tokens, K] and w[rows, K], K in `slices` of 128 bytes. What was fastest in whole decode steps on an
+    H200: large weights have blocks enough; of small ones rows are halved, and K is split while all blocks fit."""
     width = next(n for n in (8, 16, 32, 64, 128, 256) if n >= tokens or n == WIDEST)
     if rows >= LARGE:
-        return _longest(width, 128, 1, 2 if width < 256 else 1)
-    tiles, split = -(-rows // 64), 2 if slices >= 4 else 1
+        at_once = width == 8 and rows <= 256 * multiprocessors and rows * slices * SLICE < 128 << 20
+        return _longest(width, 256, 1, 1) if at_once else _longest(width, 128, 1, 2 if width < 256 else 1)
+    tiles, split = -(-rows // 64), 1
     while split < 8 and 2 * tiles * split <= multiprocessors and slices >= 8 * split:
         split *= 2
-    alone = tiles * split <= multiprocessors
-    if width == 256 and not alone:
+    if split == 1 and width == 256:
         return _longest(128, 128, 1, 1)
-    return _longest(width, 64, split, 1 if width == 256 or (width == 128 and alone) else 2)
+    if split > 1 and slices > LONG:
+        return _longest(width, 64, 2 * split, 3) if width <= 16 else _longest(width, 64, split, 1)
+    return _longest(width, 64, split, 1 if width >= 128 else 2)
 
 
 def _longest(tokens: int, rows: int, split: int, blocks: int) -> Cut:
