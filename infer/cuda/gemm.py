@@ -5,7 +5,7 @@
     wgmma    the same on Hopper, few and many tokens (hopper.py)
     digits   quantized weights and a few tokens of 16-bit inputs on Hopper (digits.py)
     mixed    the same, up to some hundred tokens (mixed.py)
-    blas     cuBLASLt, where it is installed: bf16 and e4m3, many tokens
+    blas     cuBLASLt, where it is installed: 16-bit floats, many tokens
     widen    quantized weights and many float inputs: the weight as 16-bit floats first, then blas, wgmma or tile
     plain    everything else: any kinds, any shape, slow
 
@@ -227,12 +227,7 @@ def _blas(
 ) -> None:
     library = blas.open_blas(device)
     assert library is not None  # blas.wins
-    if scale is None or w.scale is None:
-        library.matmul(x, w.codes, out)
-        return
-    if scale.size == 1:  # the library wants one scale for every token
-        scale = rows.repeat(device, scale, one.tokens)
-    library.matmul(x, w.codes, out, (w.scale, scale))
+    library.matmul(x, w.codes, out)
 
 
 def _wgmma(

@@ -49,13 +49,6 @@ def gather(device: Device, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
     return out
 
 
-def repeat(device: Device, value: DeviceArray, count: int) -> DeviceArray:
-    """f32[count] of the one number of f32[1]."""
-    zeros = device.empty((count,), np.dtype(np.int32))
-    device.fill(zeros, 0)
-    return gather(device, value.view((1, 1)), zeros).view((count,))
-
-
 def add_norm(
     device: Device, x: DeviceArray, delta: DeviceArray | None, weight: DeviceArray, eps: float, spec: ActSpec = FLOAT
 ) -> Activation:
