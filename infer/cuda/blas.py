@@ -35,6 +35,7 @@ BEST_FROM: dict[np.dtype[Any], int] = {  # by what it writes: tokens from which 
     np.dtype(ml_dtypes.bfloat16): 129,
     np.dtype(np.float16): 129,
 }
+ELSEWHERE_FROM = 49  # on GPUs without warpgroup products
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
@@ -186,14 +187,16 @@ def forbid(device: Device) -> None:
 
 def wins(device: Device, x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
     """Whether the library is there, takes this product, and was measured to be the fastest at this size."""
-    least = BEST_FROM.get(out.dtype)
-    return least is not None and len(x) >= least and suits(x, w, out) and open_blas(device) is not None
+    if not suits(x, w, out):
+        return False
+    least = BEST_FROM[out.dtype] if device.hopper else ELSEWHERE_FROM
+    return len(x) >= least and open_blas(device) is not None
 
 
 def suits(x: DeviceArray, w: DeviceArray, out: DeviceArray) -> bool:
     """Whether the library takes a product of 16-bit floats: rows in 16 bytes."""
     aligned = x.shape[1] % 8 == 0 and out.shape[1] % 8 == 0
-    return x.dtype == w.dtype and x.dtype.itemsize == 2 and out.dtype in TYPES and aligned
+    return x.dtype == w.dtype and x.dtype.itemsize == 2 and out.dtype in BEST_FROM and aligned
 
 
 def _pointer(array: DeviceArray) -> ctypes.c_void_p:
