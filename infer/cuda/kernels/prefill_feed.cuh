@@ -1,9 +1,9 @@
 // The warps of prefill_hopper.cu that do not multiply: what they share with the others, the list of tiles, and how keys,
 // values and queries come into shared memory. Macros as there.
 constexpr int kGroups = 2, kRows = 64 * kGroups, kKeys = COLUMNS, kTokens = kRows / GROUP;  // warpgroups; rows, tokens of a tile
-constexpr int kWideners = 128, kHelpers = 128 + (kCodes ? kWideners : 0), kThreads = kHelpers + kGroups * 128;
-constexpr int kGiven = !kCodes ? 40 : PER_TOKEN ? 56 : 64;  // registers of a thread that copies or widens
-constexpr int kTaken = kCodes ? 256 - kGiven : 232;         // and of one that multiplies
+constexpr int kAskers = 96, kWideners = 128, kHelpers = 128 + (kCodes ? kWideners : 0), kThreads = kHelpers + kGroups * 128;
+constexpr int kGiven = kCodes && !PER_TOKEN ? 64 : 56;  // registers of a thread that copies or widens
+constexpr int kTaken = kCodes ? 256 - kGiven : 224;      // and of one that multiplies
 constexpr int kHalves = SIZE / 64, kPages = kKeys / kPage;
 constexpr int kPart = kKeys * 128, kSide = kHalves * kPart;  // bytes of a stage's keys (or values): 64 elements of each; all
 constexpr int kStages = SIZE == 64 ? 4 : 2, kRaw = SIZE == 64 ? 8 : PER_TOKEN ? 3 : 4;
@@ -109,17 +109,18 @@ DEVICE void copy_pages(Shared& shared, const Given& in, const Tiles& tiles, cons
     }
 }
 
-// One warp: the queries of every tile, a tile ahead, as elements of the products; and what the tile is.
+// kAskers threads: the queries of every tile, a tile ahead, as elements of the products; and what the tile is.
 DEVICE void copy_queries(Shared& shared, const Given& in, const Tiles& tiles) {
     constexpr int kChunks = SIZE / 8;
     Tile tile;
-    int lane = threadIdx.x % 32;
+    int thread = threadIdx.x - 32;
     bool found = true;
     for (int round = 0; found; ++round) {
         u8* to = shared.q[round % 2];
         found = tiles.find(round, tile);
         wait_phase(&shared.q_empty[round % 2], (round / 2 + 1) & 1);
-        for (int i = lane; found && i < kRows * kChunks; i += 32) {
+#pragma unroll 4
+        for (int i = thread; i < (found ? kRows * kChunks : 0); i += kAskers) {
             int row = i / kChunks, chunk = i % kChunks, token = tile.row + min(row / GROUP, tile.left - 1);
             s64 from = (s64(token) * in.kv_heads * GROUP + tile.head * GROUP + row % GROUP) * SIZE + chunk * 8;
             copy_chunk(shared_of(to) + place_of_query(row, chunk), (const u16*)in.q + from, true);
@@ -127,11 +128,12 @@ DEVICE void copy_queries(Shared& shared, const Given& in, const Tiles& tiles) {
         tile.factor = rsqrtf(float(SIZE)) * 1.44269504f, tile.v_factor = 1.0f;
         if (kCodes && !PER_TOKEN && found) tile.factor *= in.k_scale[tile.head], tile.v_factor = in.v_scale[tile.head];
         if (!found) tile.blocks = 0;
-        if (lane == 0) shared.tiles[round % 2] = tile;
+        if (thread == 0) shared.tiles[round % 2] = tile;
         commit_copies();
         wait_for_copies<0>();
         if constexpr (ELEMENT != IO) {
-            for (int i = lane; found && i < kRows * kChunks; i += 32) {
+#pragma unroll 4
+            for (int i = thread; i < (found ? kRows * kChunks : 0); i += kAskers) {
                 u8* chunk = to + place_of_query(i / kChunks, i % kChunks);
                 float x[8];
                 load_vector<IO>(chunk, 0, x);
@@ -140,7 +142,7 @@ DEVICE void copy_queries(Shared& shared, const Given& in, const Tiles& tiles) {
         }
         fence_for_products();
         __syncwarp();
-        if (lane == 0) arrive(&shared.q_full[round % 2]);
+        if (thread % 32 == 0) arrive(&shared.q_full[round % 2]);
     }
 }
 
@@ -203,7 +205,7 @@ DEVICE void widen_pages(Shared& shared, const Tiles& tiles) {
 }
 
 DEVICE void prepare(Shared& shared) {
-    for (int i = 0; i < 2; ++i) init_barrier(&shared.q_full[i], 1), init_barrier(&shared.q_empty[i], kGroups);
+    for (int i = 0; i < 2; ++i) init_barrier(&shared.q_full[i], kAskers / 32), init_barrier(&shared.q_empty[i], kGroups);
     for (int i = 0; i < kStages; ++i) {
         init_barrier(&shared.k_full[i], kCodes ? kWideners / 32 : 1), init_barrier(&shared.k_empty[i], kGroups);
         init_barrier(&shared.v_full[i], kCodes ? kWideners / 32 : 1), init_barrier(&shared.v_empty[i], kGroups);

@@ -3,7 +3,7 @@
 //
 // A tile is 128 rows: some tokens of a sequence, each with the query heads that share a KV head. A block stays on its
 // multiprocessor and takes tile after tile of a list, the longest first. One of its warps copies keys and values (TMA, 128
-// tokens at a time, from the newest to the oldest) into a ring, one the queries of the next tile; codes (INT8, E4M3) land
+// tokens at a time, from the newest to the oldest) into a ring, three the queries of the next tile; codes (INT8, E4M3) land
 // beside the ring, and a warpgroup widens them into it as f16, once for all rows. Two warpgroups multiply, 64 rows each:
 // they issue the scores of the next keys, then the sums with the last probabilities, and do their softmax meanwhile.
 //
@@ -228,7 +228,7 @@ KERNEL void __launch_bounds__(kThreads, 1)
     if (warp < kHelpers / 32) {
         give_registers<kGiven>();
         if (threadIdx.x == 0) copy_pages(shared, given, all, &k_map, &v_map);
-        if (warp == 1) copy_queries(shared, given, all);
+        if (warp > 0 && warp <= kAskers / 32) copy_queries(shared, given, all);
         if (kCodes && warp > 3) widen_pages(shared, all);
     } else {
         take_registers<kTaken>();
