@@ -1,4 +1,7 @@
-"""Memory of a step: rooms in large slabs, taken first fit, given back when nobody holds them.
+"""Memory of a step: rooms in large slabs, taken best fit, given back when nobody holds them.
+
+Best fit keeps a slab of its own for the large array that it was made for: a step that is captured asks for what it asked
+for when it ran the first time, and must find room for all of it.
 
 The same sequence of calls gets the same addresses, whatever ran before, because neighbours are joined when they are
 given back. Slabs are never returned to the device.
@@ -34,10 +37,12 @@ class Arena:
 
     def take(self, size: int) -> Block:
         needed = -(-size // ALIGN) * ALIGN
-        for i, (pointer, room) in enumerate(self._free):
-            if room >= needed:
-                self._free[i : i + 1] = [(pointer + needed, room - needed)] if room > needed else []
-                return Block(self, pointer, needed)
+        fits = [(room, i) for i, (_, room) in enumerate(self._free) if room >= needed]
+        if fits:
+            room, i = min(fits)
+            pointer = self._free[i][0]
+            self._free[i : i + 1] = [(pointer + needed, room - needed)] if room > needed else []
+            return Block(self, pointer, needed)
         fresh = max(SLAB, needed)
         pointer = self._slab(fresh)
         self.bytes += fresh

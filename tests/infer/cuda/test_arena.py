@@ -69,3 +69,12 @@ def test_slabs_that_happen_to_touch_stay_apart() -> None:
 def test_a_room_larger_than_a_slab_gets_a_slab_of_its_own() -> None:
     arena = Arena(Slabs())
     assert arena.take(3 * SLAB).size == 3 * SLAB
+
+
+def test_a_step_finds_room_again_whatever_the_order_of_its_slabs() -> None:
+    addresses = iter([2 << 40, 1 << 40])  # the second slab, of the large array alone, lies below the first
+    arena = Arena(lambda size: next(addresses))
+    for _ in range(2):
+        small, large = arena.take(1 << 20), arena.take(SLAB + ALIGN)
+        del small, large
+    assert arena.bytes == 2 * SLAB + ALIGN
