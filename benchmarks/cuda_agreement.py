@@ -12,9 +12,10 @@ Per checkpoint and dtype between operations:
   quantization noise within a dozen layers where inputs are quantized (docs/measuring.md, Parity): `cpu_isas` says how
   far two instruction sets of the CPU are apart on the same windows.
 
-With `--reference` also `exact`: the GPU with every sum of floats in double, against the numpy column of the op table,
-whose sums are double too. No order of terms matters then, so both may run freely: `top1`, `logits_equal` (bit for bit)
-and `codes_different` (of a traced window, code by code) are of whole runs from the first token.
+With `--reference FOLDER` also `exact`: the GPU with every sum of floats in double, against the numpy column of the op
+table, whose sums are double too. No order of terms matters then, so both may run freely: `top1`, `perplexity_change`,
+`largest_nll_difference` (nats of one token) and `codes_different` (of a traced window, code by code) are of whole runs
+from the first token. What numpy computes, a minute a checkpoint, is kept in FOLDER, and read where it is there.
 """
 
 from __future__ import annotations
@@ -52,9 +53,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4088)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--reference", action="store_true", help="also the numpy column; a minute a checkpoint")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="also the numpy column, kept in FOLDER")
+    parser.add_argument("--only-reference", action="store_true", help="fill FOLDER and stop: needs no GPU")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
+    if asked.only_reference:
+        for path in asked.checkpoints:
+            reference_of(path, windows_of(path, asked), asked.reference)
+        return
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(None) | {"gpu": describe(CudaOps().device)},
@@ -66,8 +72,7 @@ def main() -> None:
 
 
 def compare(path: str, asked: argparse.Namespace) -> dict[str, Any]:
-    source = open_model(path)
-    windows = [w.tolist() for w in read_windows(asked.text, source.tokenizer(), asked.context, asked.tokens).windows]
+    source, windows = open_model(path), windows_of(path, asked)
     cpu = Engine.load(source, ops="cpu")
     base = [cpu.score(window) for window in windows]
     other = Engine.load(source, ops=CpuOps("avx2"))
@@ -86,23 +91,46 @@ def compare(path: str, asked: argparse.Namespace) -> dict[str, Any]:
         print(Path(path).name, dtype, json.dumps(row[dtype]), "cpu isas:", json.dumps(row["cpu_isas"]), flush=True)
         gpu.runner.ops.device.release()  # type: ignore[attr-defined]
     if asked.reference:
-        row["exact"] = exact(source, windows)
+        row["exact"] = exact(source, windows, reference_of(path, windows, asked.reference))
         print(Path(path).name, "exact", json.dumps(row["exact"]), flush=True)
     return row
 
 
-def exact(source: ModelSource, windows: list[list[int]]) -> dict[str, Any]:
+def windows_of(path: str, asked: argparse.Namespace) -> list[list[int]]:
+    tokenizer = open_model(path).tokenizer()
+    return [w.tolist() for w in read_windows(asked.text, tokenizer, asked.context, asked.tokens).windows]
+
+
+def outcome(engine: Engine, windows: list[list[int]]) -> dict[str, npt.NDArray[Any]]:
+    """Of a free run: the most likely token and the nats of every position, and the codes of one traced window."""
+    logits = [engine.score(window) for window in windows]
+    taps = engine.trace(windows[0][:TRACED]).taps
+    return {
+        "top1": np.concatenate([x.argmax(1) for x in logits]),
+        "nll": np.concatenate([token_nll(x, w) for x, w in zip(logits, windows, strict=True)]),
+    } | {f"codes {name}": np.asarray(tap.codes).view(np.uint8) for name, tap in taps.items() if tap.codes is not None}
+
+
+def reference_of(path: str, windows: list[list[int]], folder: Path) -> dict[str, npt.NDArray[Any]]:
+    file = folder / f"{Path(path).name}.npz"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(file, **outcome(Engine.load(path, ops="reference"), windows))
+    with np.load(file) as kept:
+        return dict(kept)
+
+
+def exact(source: ModelSource, windows: list[list[int]], want: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """GPU and numpy, both with sums in double, each from the first token to the last."""
-    reference, gpu = (Engine.load(source, ops=ops) for ops in ("reference", CudaOps("exact")))
-    base, mine = ([engine.score(window) for window in windows] for engine in (reference, gpu))
-    equal = float(np.mean([(a == b).mean() for a, b in zip(base, mine, strict=True)]))
-    first, second = (engine.trace(windows[0][:TRACED]).taps for engine in (reference, gpu))
-    coded = [(tap.codes, second[name].codes) for name, tap in first.items() if tap.codes is not None]
-    different = sum(int((a.view(np.uint8) != np.asarray(b).view(np.uint8)).sum()) for a, b in coded)
-    change = perplexity(mine, windows) / perplexity(base, windows) - 1
-    return agreement(base, mine) | {
-        "perplexity": perplexity(mine, windows), "perplexity_change": change, "logits_equal": equal,
-        "codes": sum(a.size for a, _ in coded), "codes_different": different,
+    got = outcome(Engine.load(source, ops=CudaOps("exact")), windows)
+    coded = [name for name in want if name.startswith("codes ")]
+    return {
+        "top1": float((got["top1"] == want["top1"]).mean()), "positions": int(want["top1"].size),
+        "perplexity": float(np.exp(got["nll"].mean())),
+        "perplexity_change": float(np.exp(got["nll"].mean() - want["nll"].mean()) - 1),
+        "largest_nll_difference": float(np.abs(got["nll"] - want["nll"]).max()),
+        "codes": sum(want[name].size for name in coded),
+        "codes_different": sum(int((got[name] != want[name]).sum()) for name in coded),
     }  # fmt: skip
 
 
