@@ -45,7 +45,7 @@ def cut_for(w: DeviceWeight, tokens: int, gated: bool, multiprocessors: int) -> 
     tiles = -(-w.rows // least)
     split = mixed.split_for(tiles, slices, multiprocessors * 3 // 4, 2 * multiprocessors)
     if tiles * split <= multiprocessors:
-        return _fitting(w, Cut(width, least, 4, depth, 16, split, 1))
+        return _fitting(w, Cut(width, least, 4 * TILE_ROWS // least, depth, 16, split, 1))
     return _fitting(w, Cut(width, least, 1, depth, max(4, slices // split // 2), split, 2))
 
 

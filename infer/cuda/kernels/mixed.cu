@@ -12,7 +12,7 @@
 // through the cluster's shared memory in a fixed order, so results repeat, and each block stores its share. Blocks begin
 // at different places of their K, so that they do not all ask for the same inputs at once.
 //
-// Macros: X (BF16 | F16), W (INT4 | INT8), OUT (F32 | BF16 | F16 | INT8 | E4M3), TOKENS (8 .. 256, a power of two), ROWS
+// Macros: X (BF16 | F16), W (INT4 | INT8), OUT (F32 | BF16 | F16 | INT8 | E4M3), TOKENS (16 .. 256, a power of two), ROWS
 // (64, 128 or 256 per block), TEAMS, DEPTH (inputs per stage: 128 or 256), STAGES, SPLIT, BLOCKS (per multiprocessor),
 // GROUP (inputs that share a scale: 0 for one per row, 32, 64, or 128 for 128 and its multiples), ASYM (1: zero points;
 // int4), GATED (1: rows are gate then up, whole tiles of each; y = silu(gate) * up has N / 2 columns).

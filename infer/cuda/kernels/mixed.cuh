@@ -17,13 +17,7 @@
 #define BIND_32(d, i) BIND_16(d, i), BIND_16(d, i + 16)
 #define BIND_64(d, i) BIND_32(d, i), BIND_32(d, i + 32)
 #define BIND_128(d, i) BIND_64(d, i), BIND_64(d, i + 64)
-#if TOKENS == 8
-#define OUTS OUT_4
-#define BIND(d) BIND_4(d, 0)
-#define A_FOUR "%4,%5,%6,%7"
-#define B_LOW "%8"
-#define FLAG "%9"
-#elif TOKENS == 16
+#if TOKENS == 16
 #define OUTS OUT_8
 #define BIND(d) BIND_8(d, 0)
 #define A_FOUR "%8,%9,%10,%11"

@@ -86,6 +86,7 @@ def test_every_cut_fits_a_multiprocessor(kind: int, shape: tuple[int, int], toke
         assert cut.blocks * (used + 1024) <= mixed.SHARED + 2048
         assert cut.split <= mixed.slices_of(w, cut.depth)
         assert cut.stages >= 2
+        assert cut.rows * cut.teams * 2 < 1024  # threads, less those that copy
         assert cut.stages % cut.teams == 0
         ring = cut.stages * (digits.stage_codes(cut, w) + (0 if few else cut.depth * cut.tokens * 2))
         assert ring >= (digits.results_bytes(cut) if few else cut.teams * cut.tokens * (cut.rows + 4) * 4)
