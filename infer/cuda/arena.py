@@ -1,7 +1,7 @@
 """Memory of a step: rooms in large slabs, taken best fit, given back when nobody holds them.
 
-Best fit keeps a slab of its own for the large array that it was made for: a step that is captured asks for what it asked
-for when it ran the first time, and must find room for all of it.
+Best fit keeps a slab of its own for the large array that it was made for: a step that is captured asks for what it
+asked for when it ran the first time, and must find room for all of it.
 
 The same sequence of calls gets the same addresses, whatever ran before, because neighbours are joined when they are
 given back. Slabs are never returned to the device.
