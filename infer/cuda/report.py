@@ -38,7 +38,7 @@ from quantbench.vocabulary import CACHE_FORMATS, DYNAMIC, FLOAT_DTYPES, parse_mo
 
 # by dtype between operations
 ALL = ("fp32", "bf16", "fp16", "a8w8", "a8w8_fp8", "weight_only_int8", "weight_only_int4")
-MODES = {"bfloat16": ALL, "float32": ALL, "float16": ("fp16", "a8w8", "weight_only_int4")}
+MODES = {"bfloat16": ALL, "float32": ALL, "float16": ("fp16", "a8w8", "weight_only_int4"), "exact": ("bf16", "a8w8")}
 STEPS = ((1, True), (32, True), (256, True), (512, False))  # tokens, each of a sequence of its own
 HEADS = (64, 80, 96, 128, 256)
 SIZES = (
@@ -75,7 +75,7 @@ class Notes(Device):
 
     def __init__(self, arch: str, dtype: str) -> None:
         number = int(arch.removeprefix("sm_").rstrip("a"))
-        self.arch, self.dtype = arch, DTYPES[dtype]
+        self.arch, self.dtype, self.exact = arch, DTYPES[dtype], dtype == "exact"
         self.capability = (number // 10, number % 10)
         self.hopper = arch == "sm_90a"
         self.multiprocessors = 132
