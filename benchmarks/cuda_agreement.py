@@ -14,8 +14,9 @@ Per checkpoint and dtype between operations:
 
 With `--reference FOLDER` also `exact`: the GPU with every sum of floats in double, against the numpy column of the op
 table, whose sums are double too. No order of terms matters then, so both may run freely: `top1`, `perplexity_change`,
-`largest_nll_difference` (nats of one token) and `codes_different` (of a traced window, code by code) are of whole runs
-from the first token. What numpy computes, a minute a checkpoint, is kept in FOLDER, and read where it is there.
+`largest_nll_difference` (nats of one token) and `rows_different` (a traced window: inputs of a linear of which any code
+differs) are of whole runs from the first token. What numpy computes, a minute a checkpoint, is kept in FOLDER, and read
+where it is there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import argparse
 import json
 from dataclasses import replace
 from datetime import datetime, timezone
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +104,20 @@ def windows_of(path: str, asked: argparse.Namespace) -> list[list[int]]:
 
 
 def outcome(engine: Engine, windows: list[list[int]]) -> dict[str, npt.NDArray[Any]]:
-    """Of a free run: the most likely token and the nats of every position, and the codes of one traced window."""
+    """Of a free run: the most likely token and the nats of every position, and a digest of every token's codes at every
+    tap of one traced window."""
     logits = [engine.score(window) for window in windows]
     taps = engine.trace(windows[0][:TRACED]).taps
     return {
         "top1": np.concatenate([x.argmax(1) for x in logits]),
         "nll": np.concatenate([token_nll(x, w) for x, w in zip(logits, windows, strict=True)]),
-    } | {f"codes {name}": np.asarray(tap.codes).view(np.uint8) for name, tap in taps.items() if tap.codes is not None}
+    } | {f"codes {name}": digests(tap.codes) for name, tap in taps.items() if tap.codes is not None}
+
+
+def digests(codes: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """One number per row of codes [T, …]."""
+    rows = np.ascontiguousarray(codes).reshape(len(codes), -1)
+    return np.array([int.from_bytes(blake2b(row.tobytes(), digest_size=8).digest(), "big") for row in rows], np.uint64)
 
 
 def reference_of(path: str, windows: list[list[int]], folder: Path) -> dict[str, npt.NDArray[Any]]:
@@ -129,8 +138,8 @@ def exact(source: ModelSource, windows: list[list[int]], want: dict[str, npt.NDA
         "perplexity": float(np.exp(got["nll"].mean())),
         "perplexity_change": float(np.exp(got["nll"].mean() - want["nll"].mean()) - 1),
         "largest_nll_difference": float(np.abs(got["nll"] - want["nll"]).max()),
-        "codes": sum(want[name].size for name in coded),
-        "codes_different": sum(int((got[name] != want[name]).sum()) for name in coded),
+        "rows": sum(want[name].size for name in coded),
+        "rows_different": sum(int((got[name] != want[name]).sum()) for name in coded),
     }  # fmt: skip
 
 
