@@ -40,8 +40,7 @@ __attribute__((target("avx512f,avx512bf16"))) double avx512_bf16(int64_t rounds)
 #endif
 
 #if defined(QB_HAS_AMX)
-#pragma GCC push_options
-#pragma GCC target("amx-tile,amx-int8,amx-bf16")
+#define WITH_TILES __attribute__((target("amx-tile,amx-int8,amx-bf16")))
 
 struct alignas(64) Tiles {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -49,7 +48,7 @@ struct alignas(64) Tiles {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-void begin() {
+WITH_TILES void begin() {
     Tiles tiles;
     asm volatile("" : : "m"(tiles));
     _tile_loadconfig(&tiles);
@@ -61,7 +60,7 @@ void begin() {
     _tile_zero(5);
 }
 
-double amx_int8(int64_t rounds) {
+WITH_TILES double amx_int8(int64_t rounds) {
     begin();
     for (int64_t r = 0; r < rounds / 16; ++r) {
         _tile_dpbssd(0, 4, 5);
@@ -73,7 +72,7 @@ double amx_int8(int64_t rounds) {
     return 2.0 * 16 * 16 * 64 * 4 * double(rounds / 16);
 }
 
-double amx_bf16(int64_t rounds) {
+WITH_TILES double amx_bf16(int64_t rounds) {
     begin();
     for (int64_t r = 0; r < rounds / 16; ++r) {
         _tile_dpbf16ps(0, 4, 5);
@@ -85,7 +84,6 @@ double amx_bf16(int64_t rounds) {
     return 2.0 * 16 * 16 * 32 * 4 * double(rounds / 16);
 }
 
-#pragma GCC pop_options
 #endif
 
 #endif
