@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quantbench.infer.cuda import attention, gemm, mixed, rows
+from quantbench.infer.cuda import attention, gemm, layout, mixed, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
 from quantbench.infer.cuda.device import Device
@@ -80,7 +80,7 @@ def random_bytes(device: Device, shape: tuple[int, ...], dtype: Any) -> DeviceAr
 
 def weights(device: Device, kind: int, n: int, k: int, group: int, activations: str | None) -> list[DeviceWeight]:
     tiled = activations is None and mixed.packs(device, kind, (n, k), group, False)
-    fields = gemm.fields(kind, n, k, group, False, tiled)
+    fields = layout.fields(kind, n, k, group, False, tiled)
     size = sum(int(np.prod(s)) * np.dtype(d).itemsize for s, d in fields.values())
     made = []
     for _ in range(-(-350_000_000 // size)):

@@ -48,6 +48,11 @@ class CudaLoad:
     def length(self) -> int:
         return self.context + self.output
 
+    @property
+    def prompts(self) -> int:
+        """Of one prefill step: whole ones, so that a step computes all of what it is counted for."""
+        return max(1, min(PROMPT_TOKENS // self.context, max(self.batches)))
+
 
 def bench_modes(modes: list[str], load: CudaLoad, progress: Callable[[str], None]) -> dict[str, Any]:
     """The content of a benchmark file: machine, ceilings, and per mode prefill and decode figures."""
@@ -77,7 +82,7 @@ def bench_mode(
 ) -> dict[str, Any]:
     """Figures of one mode. `share_of_ceiling`: the larger of bytes over bandwidth and operations over matrix peak,
     over the measured time."""
-    engine = random_engine(load.config, mode, ops, max(load.batches), load.length, PROMPT_TOKENS)
+    engine = random_engine(load.config, mode, ops, max(load.batches), load.length, load.prompts * load.context)
     progress(f"{mode} prefill")
     row: dict[str, Any] = {"memory": engine.memory, "prefill": prefill(engine, load, ceilings), "decode": {}}
     if load.profile:
@@ -99,7 +104,7 @@ def bench_mode(
 
 def prefill(engine: Engine, load: CudaLoad, ceilings: dict[str, float]) -> dict[str, float]:
     """Steps of a queue of prompts of `context` tokens, `PROMPT_TOKENS` a step, as many as it takes to be sustained."""
-    each = max(1, min(PROMPT_TOKENS // load.context, engine.limits.max_batch))
+    each = load.prompts
     random = np.random.default_rng(0)
 
     def steps(count: int) -> list[float]:
@@ -182,8 +187,7 @@ def profile_prefill(engine: Engine, load: CudaLoad) -> dict[str, float]:
     """Microseconds of one prefill step by kernel, each timed alone."""
     runner = engine.runner
     assert isinstance(runner, CudaRunner)
-    count = max(1, min(PROMPT_TOKENS // load.context, engine.limits.max_batch))
-    prompts = np.random.default_rng(2).integers(0, engine.config.vocab_size, (count, load.context)).tolist()
+    prompts = np.random.default_rng(2).integers(0, engine.config.vocab_size, (load.prompts, load.context)).tolist()
     params = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
     return _by_kernel(runner.device.timed(lambda: _drop(engine.generate(prompts, params))))
 

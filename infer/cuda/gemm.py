@@ -24,9 +24,6 @@ from quantbench.infer.cuda import blas, digits, hopper, mixed, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import BF16, CODES, DTYPES, E4M3, F16, F32, INT4, INT8, kind_of
-from quantbench.infer.cuda.layout import fields as fields
-from quantbench.infer.cuda.layout import pack as pack
-from quantbench.infer.cuda.layout import pack_int4 as pack_int4
 from quantbench.infer.cuda.weight import DeviceWeight
 from quantbench.infer.ops.pack import INT8_DOT
 from quantbench.infer.ops.types import Activation, ActSpec

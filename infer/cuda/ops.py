@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantbench.errors import CalibrationError, DependencyError
-from quantbench.infer.cuda import attention, gemm, rows
+from quantbench.infer.cuda import attention, gemm, layout, rows
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.batch import DeviceBatch, DeviceCache
 from quantbench.infer.cuda.device import Device
@@ -73,7 +73,7 @@ class CudaOps:
 
     def pack(self, weight: Weights) -> CudaPacked:
         parts = parts_of(list(weight) if isinstance(weight, Sequence) else [weight])
-        weights = tuple(gemm.pack(self.device, part) for part in parts)
+        weights = tuple(layout.pack(self.device, part) for part in parts)
         names = tuple(name for part in parts for name in part.names)
         shape = (sum(part.rows for part in parts), parts[0].columns)
         return CudaPacked(names, shape, sum(w.nbytes for w in weights), weights)

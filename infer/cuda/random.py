@@ -15,7 +15,7 @@ import numpy as np
 from quantbench.errors import ModelError, unknown
 from quantbench.infer.checkpoint.source import ModelSource
 from quantbench.infer.checkpoint.tokenizer import Tokenizer
-from quantbench.infer.cuda import gemm, mixed
+from quantbench.infer.cuda import layout, mixed
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import BF16, E4M3, F16, F32, INT4, INT8
@@ -91,7 +91,7 @@ class Dice:
 
     def linear(self, name: str, kind: int, rows: int, columns: int, group: int, activations: str | None) -> CudaPacked:
         tiled = activations is None and mixed.packs(self._device, kind, (rows, columns), group, False)
-        shapes = gemm.fields(kind, rows, columns, group, False, tiled)
+        shapes = layout.fields(kind, rows, columns, group, False, tiled)
         arrays = {n: self._device.allocate(*f) for n, f in shapes.items()}
         self._seed += 1
         bound = DEVIATION * 3**0.5  # of a uniform distribution

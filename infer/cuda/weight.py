@@ -10,7 +10,7 @@ from quantbench.infer.ops.types import Packed
 
 @dataclass(frozen=True)
 class DeviceWeight:
-    """Weights [rows, columns] of one kind (infer/ops/pack.py). `codes`, `scale` and `zero` lie as `gemm.fields` says;
+    """Weights [rows, columns] of one kind (infer/ops/pack.py). `codes`, `scale` and `zero` lie as `layout.fields` says;
     `activations` is how the input arrives: None for floats."""
 
     kind: int

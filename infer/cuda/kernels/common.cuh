@@ -214,6 +214,25 @@ DEVICE void store_codes(void* p, s64 i, const u8 (&codes)[V]) {
     }
 }
 
+struct Four {
+    float v[4];
+};
+// Four neighbouring results as KIND; codes have the scale `scale` and stand at whole fours.
+template <int KIND>
+DEVICE void store_four(void* out, s64 at, const Four& four, float scale) {
+    if constexpr (KIND == INT8 || KIND == E4M3) {
+        u8 codes[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) codes[i] = encode<KIND>(four.v[i], scale);
+        store_codes<4>(out, at, codes);
+    } else if (at % 4 == 0) {
+        store_vector<KIND>(out, at, four.v);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_one<KIND>(out, at + i, four.v[i]);
+    }
+}
+
 // silu(gate) * up. The exact form follows the CPU runtime to the last bits; the fast one errs by about 1e-6.
 template <bool TO_THE_BIT>
 DEVICE float swiglu(float gate, float up) {

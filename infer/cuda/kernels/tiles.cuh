@@ -59,10 +59,6 @@ DEVICE void copy_weights(SHARED& shared, const Weight& w, int block, int slice, 
     }
 }
 
-struct Four {
-    float v[4];
-};
-
 // Four rows' sums of a token over the blocks of the cluster, and PARTS of each `step` floats apart, in that order.
 template <int PARTS>
 DEVICE Four gather(const float* first, int step) {
@@ -82,20 +78,6 @@ DEVICE void finish(Four& four, const Weight& w, int row) {
     for (int i = 0; i < 4; ++i) {
         if constexpr (GROUP == 0) four.v[i] = __fmul_rn(four.v[i], w.scale[row + i]);
         if (w.bias) four.v[i] = __fadd_rn(four.v[i], w.bias[row + i]);
-    }
-}
-
-DEVICE void store(void* out, s64 at, const Four& four, float out_scale) {
-    if constexpr (OUT == INT8 || OUT == E4M3) {
-        u8 codes[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) codes[i] = encode<OUT>(four.v[i], out_scale);
-        store_codes<4>(out, at, codes);
-    } else if (at % 4 == 0) {
-        store_vector<OUT>(out, at, four.v);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) store_one<OUT>(out, at + i, four.v[i]);
     }
 }
 
@@ -121,6 +103,6 @@ DEVICE void store_results(const Output& out, const Weight& w, const float* resul
 #pragma unroll
             for (int j = 0; j < 4; ++j) four.v[j] = swiglu<OUT == F32>(four.v[j], up.v[j]);
         }
-        store(out.y, (first_token + token) * out.stride + out.column + first_row + from, four, out.scale);
+        store_four<OUT>(out.y, (first_token + token) * out.stride + out.column + first_row + from, four, out.scale);
     }
 }

@@ -26,10 +26,6 @@ struct Shared {
 };
 static_assert(sizeof(Stage) * STAGES >= TOKENS * kPad * 4, "the results must fit the stages");
 
-struct Four {
-    float v[4];
-};
-
 // Four rows' sums of a token over the blocks of the cluster, in order of rank.
 DEVICE Four gather(const sum_t* at) {
     sum_t total[4] = {};
@@ -52,17 +48,6 @@ DEVICE void finish(Four& four, float x_scale, const float* w_scale, const float*
     for (int i = 0; i < 4; ++i) {
         if (w_scale) four.v[i] = __fmul_rn(four.v[i], __fmul_rn(x_scale, w_scale[row + i]));
         if (bias) four.v[i] = __fadd_rn(four.v[i], bias[row + i]);
-    }
-}
-
-DEVICE void store(void* out, s64 at, const Four& four, float out_scale) {
-    if constexpr (OUT == INT8 || OUT == E4M3) {
-        u8 codes[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) codes[i] = encode<OUT>(four.v[i], out_scale);
-        store_codes<4>(out, at, codes);
-    } else {
-        store_vector<OUT>(out, at, four.v);
     }
 }
 
@@ -161,7 +146,7 @@ KERNEL void __launch_bounds__(kConsumers + 32, BLOCKS)
 #pragma unroll
             for (int j = 0; j < 4; ++j) four.v[j] = swiglu<OUT == F32>(four.v[j], up.v[j]);
         }
-        store(out, (first_token + token) * out_stride + out_column + first_row + place, four, out_scale);
+        store_four<OUT>(out, (first_token + token) * out_stride + out_column + first_row + place, four, out_scale);
     }
 #if SPLIT > 1
     leave_together();

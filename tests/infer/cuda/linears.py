@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from quantbench.infer.checkpoint.source import LinearWeight
-from quantbench.infer.cuda import gemm
+from quantbench.infer.cuda import gemm, layout
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.ops import Activation, ActSpec
 from quantbench.infer.ops.pack import parts_of
@@ -65,7 +65,7 @@ def run(
 ) -> np.ndarray:
     """The device's result, written into the middle columns of a poisoned array; the rest must stay poison."""
     (part,) = parts_of([weight])
-    packed = gemm.pack(device, part)
+    packed = layout.pack(device, part)
     out = device.empty((a.tokens, part.rows + 5), dtype)
     device.fill(out, 0xFF)
     lent = Activation(

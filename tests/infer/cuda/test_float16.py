@@ -12,7 +12,7 @@ from tiny import write_tiny_model
 
 from quantbench.errors import CheckpointError
 from quantbench.infer.checkpoint.source import LinearWeight
-from quantbench.infer.cuda import gemm
+from quantbench.infer.cuda import layout
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import F16
 from quantbench.infer.cuda.ops import CudaOps
@@ -73,12 +73,12 @@ def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     (part,) = parts_of([weight])
     said = r"model\.layers\.0\.mlp\.down_proj: a weight of magnitude 70000 is beyond float16's 65504; "
     with pytest.raises(CheckpointError, match=said + "set QUANTBENCH_CUDA_DTYPE to bfloat16 or float32"):
-        gemm.pack(Notes("sm_90a", "float16"), part)
+        layout.pack(Notes("sm_90a", "float16"), part)
 
 
 def test_bfloat16_weights_are_packed_as_float16() -> None:
     weight = LinearWeight("w", np.ones((16, 16), ml_dtypes.bfloat16), None)
     (part,) = parts_of([weight])
-    packed = gemm.pack(Notes("sm_90a", "float16"), part)
+    packed = layout.pack(Notes("sm_90a", "float16"), part)
     assert (packed.kind, packed.codes.dtype) == (F16, np.float16)
-    assert gemm.pack(Notes("sm_90a", "bfloat16"), part).kind != F16
+    assert layout.pack(Notes("sm_90a", "bfloat16"), part).kind != F16

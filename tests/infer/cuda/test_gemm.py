@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantbench.infer.checkpoint.source import LinearWeight
-from quantbench.infer.cuda import gemm
+from quantbench.infer.cuda import gemm, layout
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import BF16, E4M3, F32, INT4, INT8
 from quantbench.infer.ops import Activation
@@ -120,7 +120,7 @@ def test_results_repeat(device_bf16: Device) -> None:
 
 def test_int4_words_hold_what_the_kernels_unpack() -> None:
     codes = (np.arange(128) % 16 - 8).astype(np.int8)[None]
-    words = gemm.pack_int4(codes).view(np.uint32)[0]
+    words = layout.pack_int4(codes).view(np.uint32)[0]
     assert words.shape == (16,)
     nibbles = [(int(words[0]) >> (4 * i)) & 15 for i in range(8)]
     assert [nibbles[0], nibbles[4], nibbles[1], nibbles[5]] == [0, 1, 2, 3]  # inputs 0..3, as code + 8
@@ -148,7 +148,7 @@ def test_the_kernel_follows_from_kinds_and_shapes(one: gemm.Linear, exact: bool,
 
 @pytest.mark.parametrize("kind", range(7))
 def test_fields_describe_what_pack_makes(kind: int) -> None:
-    shapes = gemm.fields(kind, 10, 200, 100, zero=kind == INT4)
+    shapes = layout.fields(kind, 10, 200, 100, zero=kind == INT4)
     assert shapes["codes"][0] == ((10, 128) if kind == INT4 else (10, 200))
     assert ("scale" in shapes) == (kind > 2)
     assert ("zero" in shapes) == (kind == INT4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantbench.infer.checkpoint.source import LinearWeight
-from quantbench.infer.cuda import gemm, hopper
+from quantbench.infer.cuda import gemm, hopper, layout
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.ops import Activation, ActSpec
 from quantbench.infer.ops.pack import parts_of
@@ -46,7 +46,7 @@ def test_warpgroup_products(device: Device, cut: hopper.Cut, size: tuple[int, in
 
 
 def on_hopper(device: Device, a: Activation, weight: LinearWeight, cut: hopper.Cut) -> np.ndarray:
-    packed = gemm.pack(device, parts_of([weight])[0])
+    packed = layout.pack(device, parts_of([weight])[0])
     out = device.empty((a.tokens, packed.rows + 8), np.float32)
     device.fill(out, 0xFF)
     x: Any = a.codes if a.codes is not None else a.values.astype(ml_dtypes.bfloat16)  # type: ignore[union-attr]
@@ -66,7 +66,7 @@ def test_swiglu_in_the_epilogue(device_bf16: Device, case: str, tokens: int, spe
     weight = weight_of(case, 208, 640) if case != "bf16" else LinearWeight(
         "w", np.random.default_rng(0).standard_normal((208, 640)).astype(ml_dtypes.bfloat16), None
     )  # fmt: skip
-    packed = gemm.pack(device_bf16, parts_of([weight])[0])
+    packed = layout.pack(device_bf16, parts_of([weight])[0])
     if not gemm.fuses_swiglu(device_bf16, packed, tokens, spec):
         pytest.skip("runs on a Hopper GPU, for the cases that gemm.fuses_swiglu names")
     a = inputs_of(device_bf16, weight, tokens, 640)
@@ -145,7 +145,7 @@ def narrow(
     dtype: Any = ml_dtypes.bfloat16,
 ) -> np.ndarray:
     """The result in `dtype`, written into the middle columns of a poisoned array; the rest must stay poison."""
-    packed = gemm.pack(device, parts_of([weight])[0])
+    packed = layout.pack(device, parts_of([weight])[0])
     width = packed.rows // 2 if gated else packed.rows
     out = device.empty((a.tokens, width + 16), np.dtype(dtype))
     device.fill(out, 0xFF)

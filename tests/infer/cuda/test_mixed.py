@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quantbench.infer.cuda import digits, gemm, mixed
+from quantbench.infer.cuda import digits, gemm, layout, mixed
 from quantbench.infer.cuda.array import DeviceArray
 from quantbench.infer.cuda.device import Device
 from quantbench.infer.cuda.kinds import INT4, INT8
@@ -75,7 +75,7 @@ def test_what_is_held_in_tiles() -> None:
 )
 @pytest.mark.parametrize("kind", [INT4, INT8])
 def test_every_cut_fits_a_multiprocessor(kind: int, shape: tuple[int, int], tokens: int) -> None:
-    fields = gemm.fields(kind, *shape, 128, False, tiled=True)
+    fields = layout.fields(kind, *shape, 128, False, tiled=True)
     made = {name: DeviceArray(0, *field) for name, field in fields.items()}
     w = DeviceWeight(kind, *shape, made["codes"], made["scale"], None, 128)
     for gated in (False, True):
@@ -120,7 +120,7 @@ def test_every_cut(device_bf16: Device, case: str, cut: Cut) -> None:
 
 def product(device: Device, a: Activation, weight: Any, cut: Cut | None, dtype: Any = np.float32) -> np.ndarray:
     """By `mixed`, into the middle columns of a poisoned array."""
-    packed = gemm.pack(device, parts_of([weight])[0])
+    packed = layout.pack(device, parts_of([weight])[0])
     assert mixed.tiled(packed)
     assert a.values is not None
     out = device.empty((a.tokens, packed.rows + 7), dtype)
@@ -156,7 +156,7 @@ def test_float16_inputs(gpu: Device, case: str, tokens: int) -> None:
 def test_widened(device_bf16: Device, case: str) -> None:
     """The weight itself, rounded once."""
     weight = weight_of(case, 132, 896, bias=False)
-    packed = gemm.pack(hopper(device_bf16), parts_of([weight])[0])
+    packed = layout.pack(hopper(device_bf16), parts_of([weight])[0])
     got = device_bf16.fetch(mixed.widened(device_bf16, packed).codes)
     want = REFERENCE.linear(Activation(values=np.eye(896, dtype=np.float32)), REFERENCE.pack([weight])).T
     np.testing.assert_array_equal(got, want.astype(ml_dtypes.bfloat16))
@@ -167,7 +167,7 @@ def test_widened(device_bf16: Device, case: str) -> None:
 @pytest.mark.parametrize("spec", [ActSpec(), ActSpec("int8", 0.5), ActSpec("fp8_e4m3", 0.01)], ids=str)
 def test_swiglu_in_the_epilogue(device_bf16: Device, case: str, tokens: int, spec: ActSpec) -> None:
     weight = weight_of(case, 256, 640)
-    packed = gemm.pack(hopper(device_bf16), parts_of([weight])[0])
+    packed = layout.pack(hopper(device_bf16), parts_of([weight])[0])
     assert gemm.fuses_swiglu(device_bf16, packed, tokens, spec)
     a = inputs_of(device_bf16, weight, tokens, 640)
     assert a.values is not None
